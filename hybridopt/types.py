@@ -1,0 +1,241 @@
+"""The records that pass between rooms, every field with its unit and shape.
+
+Symbols used throughout: L parameter tensors, J basis directions, H horizon in steps.
+Coefficient-space tensors live on the CPU in float64; they hold a few numbers per
+parameter tensor, never one per weight.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybridopt.errors import RecoveryAction
+
+__all__ = [
+    "BASIS_SIZE",
+    "LAG",
+    "STEP",
+    "Forecast",
+    "Level",
+    "Mover",
+    "Observation",
+    "Outcome",
+    "Phase",
+    "Plan",
+    "SignalReading",
+    "StepRecord",
+    "Verdict",
+]
+
+STEP = 0
+"""Basis column of the last real step's own displacement, s = theta_t - theta_{t-1}."""
+LAG = 1
+"""Basis column of the filtered drift, the lag v = theta - ema(theta)."""
+BASIS_SIZE = 2
+"""J, the number of basis directions that weight space keeps."""
+
+
+class Phase(enum.Enum):
+    """Where the optimizer is in its cycle Warmup -> Full -> Predict -> Correct."""
+
+    WARMUP = "warmup"
+    FULL = "full"
+    PREDICT = "predict"
+    CORRECT = "correct"
+
+
+class Mover(enum.Enum):
+    """What proposes a predicted delta."""
+
+    NONE = "none"
+    """No predicted move: the base optimizer's own step and nothing else."""
+    GAIN = "gain"
+    """Per-tensor gains on the last step's displacement and on the filtered drift."""
+    SECANT = "secant"
+    """Quasi-Newton move from free secant pairs; low-noise problems only."""
+
+
+class Level(enum.IntEnum):
+    """How bad an observation is, in rising order."""
+
+    OK = 0
+    CAUTION = 1
+    """Shorten the horizon."""
+    WARNING = 2
+    """Correct now."""
+    CRITICAL = 3
+    """Roll back and cool down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the next ``step()`` will do; decided at the end of the step before."""
+
+    phase: Phase
+    mover: Mover = Mover.NONE
+    horizon: int = 0
+    """H, length of the current Predict phase in steps; 0 outside it."""
+    position: int = 0
+    """How many of the H predicted steps have been made."""
+    arm: int = 0
+    """Index of the bandit arm that chose this horizon."""
+    validates: bool = False
+    """Whether the step runs a forward-only validation."""
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether the step needs a real gradient."""
+        return self.phase in (Phase.WARMUP, Phase.FULL)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One real step as the host sees it, reduced over all ranks.
+
+    Taken after the backward and before any weight moves.
+    """
+
+    step: int
+    """Index of this call to ``step``, from 0, predicted steps counted."""
+    loss: float
+    """Loss of the closure; nan when the user stepped without a closure."""
+    gradient_norm: float
+    """Global L2 norm of the gradient, before clipping."""
+    finite: bool
+    """Loss (where known) and every gradient element are finite."""
+    gradient_sq: Tensor
+    """(L,) squared gradient norm per tensor."""
+    dots: Tensor
+    """(L, J) inner product of the gradient with each basis direction."""
+    basis_sq: Tensor
+    """(L, J) squared norm of each basis direction."""
+    learning_rate: float
+    """Largest learning rate over the parameter groups, as used by this step."""
+    lr_ratio: float
+    """This step's learning rate over that of the previous real step; 1 at first."""
+    moved_steps: int = 0
+    """Predicted steps made since the previous real step."""
+    moved_progress: float = 0.0
+    """Progress that was expected of the moves since then, in step equivalents."""
+    expected_loss: float = float("nan")
+    """What the predictor said that ``loss`` would be; nan if it said nothing."""
+    expected_loss_sigma: float = float("nan")
+    """Standard deviation that the predictor gave to ``expected_loss``."""
+
+    @property
+    def alignment(self) -> Tensor:
+        """(L, J) cosine of the descent direction -g with each basis direction.
+
+        Positive: going further along the direction would still lower the loss.
+        Zero where a direction or a gradient vanishes.
+        """
+        norm = (self.gradient_sq.unsqueeze(1) * self.basis_sq).sqrt()
+        return (-self.dots / norm.clamp_min(1e-300)).nan_to_num(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the predictor says about the next move."""
+
+    coefficients: Tensor
+    """(L, J) multipliers of the basis directions; the whole move, not one step."""
+    confidence: float
+    """In [0, 1]; below ``confidence_threshold`` no step is consumed."""
+    progress: float
+    """How many base steps the move is worth, in step equivalents."""
+    progress_lower: float
+    """Lower confidence bound of ``progress``; what a horizon may consume at most."""
+    loss: float = float("nan")
+    """Expected loss of the next real step."""
+    loss_sigma: float = float("nan")
+    """Standard deviation of ``loss``."""
+    latent: Tensor | None = None
+    """(latent_size,) summary of the predictor's state; what residuals are compared
+    by. None when the predictor has no latent state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a finished cycle (one real step and the moves behind it) turned out."""
+
+    arm: int
+    """Bandit arm that chose the horizon."""
+    progress: float
+    """Measured progress of the moves in step equivalents; negative when harmful."""
+    consumed_steps: int
+    """Scheduled steps that the moves consumed."""
+    cost: float
+    """Cost of the cycle in real steps (forward 1/3, backward 2/3)."""
+    rolled_back: bool
+    """Whether the moves were taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignalReading:
+    """What one signal of the divergence monitor says."""
+
+    name: str
+    level: Level
+    value: float
+    """Measured value, in the signal's own unit."""
+    threshold: float
+    """The value at which the level rises above OK."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The monitor's judgement of one observation, made before any weight moves."""
+
+    level: Level
+    action: RecoveryAction
+    readings: tuple[SignalReading, ...] = ()
+    """Every signal that is not OK, worst first."""
+
+    @property
+    def reason(self) -> str:
+        """The worst signal in words, or 'ok'."""
+        if not self.readings:
+            return "ok"
+        worst = self.readings[0]
+        return f"{worst.name}={worst.value:.4g} (threshold {worst.threshold:.4g})"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What the last ``step()`` did; one per call, also the metrics line."""
+
+    step: int
+    """Index of the call, from 0."""
+    phase: Phase
+    """Phase that the step belonged to."""
+    mover: Mover
+    """Mover whose move the step made; NONE when only the base moved."""
+    loss: float
+    """Measured loss on real and validated steps, expected loss otherwise."""
+    loss_predicted: bool
+    """Whether ``loss`` is an expectation, not a measurement."""
+    horizon: int
+    """Length of the Predict phase that the step belongs to or started; 0 if none."""
+    arm: int
+    """Bandit arm in force."""
+    confidence: float
+    """The predictor's confidence, in [0, 1]."""
+    progress: float
+    """Progress expected of the move behind this step, in step equivalents."""
+    verdict: Level
+    """The monitor's level."""
+    action: RecoveryAction
+    """What was done about it."""
+    gradient_norm: float
+    """Global gradient norm; nan on predicted steps."""
+    gain: float
+    """Mean gain over tensors on the step direction."""
+    learning_rate: float
+    """Largest learning rate over the groups."""
+    bookkeeping_s: float
+    """Seconds spent in hybridopt's own work in this call."""
+    reason: str = "ok"
+    """The worst signal in words."""
