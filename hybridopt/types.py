@@ -45,6 +45,9 @@ class Phase(enum.Enum):
     FULL = "full"
     PREDICT = "predict"
     CORRECT = "correct"
+    """The first measurement behind a Predict phase: a forward-only validation when one
+    is due, else the real gradient that is due anyway. Only here can moves that consumed
+    steps be rolled back."""
 
 
 class Mover(enum.Enum):
@@ -88,7 +91,7 @@ class Plan:
     @property
     def runs_backward(self) -> bool:
         """Whether the step needs a real gradient."""
-        return self.phase in (Phase.WARMUP, Phase.FULL)
+        return self.phase is not Phase.PREDICT and not self.validates
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,247 @@
+"""The arms of every comparison: bare base, hybridopt and its ablations, peers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks import peers
+from benchmarks.counting import Meter
+from benchmarks.schedules import Schedule, factor
+
+__all__ = ["ABLATIONS", "ARMS", "PEERS", "Arm", "Setup", "Stepper"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is asked to do."""
+
+    steps: int
+    """Scheduled steps, N."""
+    lr: float
+    schedule: Schedule
+    base: Literal["adamw", "adam", "muon"] = "adamw"
+    weight_decay: float = 0.01
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """A fresh base optimizer over the trainable parameters."""
+        if self.base == "muon":
+            return peers.MuonAdamW(model, self.lr, weight_decay=self.weight_decay)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.base == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, weight_decay=self.weight_decay
+        )
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """The schedule over N steps, driving ``optimizer``."""
+        return LambdaLR(optimizer, factor(self.schedule, self.steps))
+
+
+class Stepper:
+    """One arm at work: ``step`` is one scheduled step.
+
+    Args:
+        optimizer: Anything with ``step(closure)``.
+        meter: Counts the closure's work.
+        scheduler: Stepped after every step; None for methods without a schedule.
+        takes_forward: Whether ``step`` wants a forward closure (hybridopt) instead of a
+            classic one that clears, runs forward and backward.
+        evaluation: Context in which the arm wants to be judged.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        meter: Meter,
+        *,
+        scheduler: LambdaLR | None = None,
+        takes_forward: bool = False,
+        evaluation: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.optimizer, self.meter, self.scheduler = optimizer, meter, scheduler
+        self._evaluation = evaluation or contextlib.nullcontext
+        self._closure = meter.forward if takes_forward else self._classic
+        # Peers written here step their base's gradients; the base clears them.
+        self._clears: Any = getattr(optimizer, "optimizer", optimizer)
+
+    def _classic(self) -> Tensor:
+        self._clears.zero_grad()
+        loss = self.meter.forward()
+        loss.backward()
+        return loss
+
+    def step(self) -> None:
+        """One scheduled step."""
+        self.optimizer.step(self._closure)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def evaluation(self) -> contextlib.AbstractContextManager[Any]:
+        """The weights that the arm is judged by, for the block."""
+        return self._evaluation()
+
+    def statistics(self) -> dict[str, Any]:
+        """The optimizer's own figures, empty if it keeps none."""
+        own = getattr(self.optimizer, "statistics", None)
+        return dict(own()) if callable(own) else {}
+
+
+Build = Callable[[nn.Module, Meter, Setup], Stepper]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, by name."""
+
+    name: str
+    build: Build
+    full_batch_only: bool = False
+    changes: tuple[str, ...] = ()
+    """Configuration that differs from the method's default, for the record."""
+
+
+def _bare(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+    base = setup.optimizer(model)
+    return Stepper(base, meter, scheduler=setup.scheduler(base))
+
+
+def _hybrid(*, filtered: bool = False, **overrides: Any) -> Build:
+    """hybridopt with its one default configuration, less the named changes."""
+
+    def build(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+        # Imported here: peers and statistics must work without the package's core.
+        from hybridopt.optimizer import HybridPredictOptimizer
+
+        base = setup.optimizer(model)
+        settings = {key: value() for key, value in overrides.items()}
+        opt = HybridPredictOptimizer(base, model=model, **settings)
+        return Stepper(
+            opt,
+            meter,
+            scheduler=setup.scheduler(opt),
+            takes_forward=True,
+            evaluation=opt.evaluation_weights if filtered else None,
+        )
+
+    return build
+
+
+def _wrapped(wrap: Callable[[Optimizer, Setup], Any], *, judged: bool = False) -> Build:
+    def build(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+        base = setup.optimizer(model)
+        peer = wrap(base, setup)
+        return Stepper(
+            peer,
+            meter,
+            scheduler=setup.scheduler(base),
+            evaluation=peer.evaluation if judged else None,
+        )
+
+    return build
+
+
+def _ema_nesterov(base: Optimizer, setup: Setup) -> peers.EMANesterov:
+    # The public entry's window: from 15 % to 75 % of the run.
+    window = (int(0.15 * setup.steps), int(0.75 * setup.steps))
+    return peers.EMANesterov(base, window=window)
+
+
+def _schedule_free(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+    from schedulefree import AdamWScheduleFree
+
+    opt = AdamWScheduleFree(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=setup.lr,
+        weight_decay=setup.weight_decay,
+        warmup_steps=max(1, setup.steps // 20),
+    )
+    opt.train()
+
+    @contextlib.contextmanager
+    def evaluation():  # type: ignore[no-untyped-def]
+        opt.eval()
+        try:
+            yield
+        finally:
+            opt.train()
+
+    return Stepper(opt, meter, evaluation=evaluation)
+
+
+def _prodigy(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+    from pytorch_optimizer import Prodigy
+
+    opt = Prodigy(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=1.0,
+        weight_decay=setup.weight_decay,
+    )
+    return Stepper(opt, meter, scheduler=setup.scheduler(opt))
+
+
+def _lbfgs(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
+    return Stepper(peers.IteratedLBFGS(model), meter)
+
+
+def _ablation(kind: str) -> Any:
+    """The configuration value that an ablation sets, by name."""
+    from hybridopt import config
+
+    match kind:
+        case "corrector":
+            return config.ResidualConfig(enabled=True)
+        case "no-drift":
+            return config.DriftConfig(enabled=False)
+        case "no-secant":
+            return config.SecantConfig(enabled=False)
+    return getattr(config, kind)()
+
+
+def _hybrid_arm(name: str, field: str, kind: str) -> Arm:
+    build = _hybrid(**{field: lambda: _ablation(kind)})
+    return Arm(f"hybrid:{name}", build, changes=(f"{field}={kind}",))
+
+
+BASE = Arm("base", _bare)
+HYBRID = Arm("hybrid", _hybrid())
+FILTERED = Arm("hybrid:filtered", _hybrid(filtered=True), changes=("evaluation_weights",))
+
+ABLATIONS = (
+    _hybrid_arm("prior", "predictor", "Prior"),
+    _hybrid_arm("linear", "predictor", "Linear"),
+    _hybrid_arm("mlp", "predictor", "MLP"),
+    _hybrid_arm("rssm", "predictor", "RSSM"),
+    _hybrid_arm("corrector", "residual", "corrector"),
+    _hybrid_arm("fixed-horizon", "bandit", "FixedHorizon"),
+    _hybrid_arm("no-drift", "drift", "no-drift"),
+    _hybrid_arm("no-secant", "secant", "no-secant"),
+)
+"""Each changes one part of the default configuration."""
+
+PEERS = (
+    Arm("ema", _wrapped(lambda base, _: peers.EMAEvaluation(base), judged=True)),
+    Arm("lookahead", _wrapped(lambda base, _: peers.Lookahead(base), judged=True)),
+    Arm("snoo", _wrapped(lambda base, _: peers.SNOO(base))),
+    Arm("ema-nesterov", _wrapped(_ema_nesterov)),
+    Arm("extrapolation", _wrapped(lambda base, _: peers.FilteredExtrapolation(base))),
+    Arm("hypergradient", _wrapped(lambda base, _: peers.Hypergradient(base))),
+    Arm(
+        "hypergradient:tensor",
+        _wrapped(lambda base, _: peers.Hypergradient(base, per_tensor=True)),
+    ),
+    Arm("schedule-free", _schedule_free),
+    Arm("prodigy", _prodigy),
+    Arm("lbfgs", _lbfgs, full_batch_only=True),
+)
+"""Each with the defaults of its paper; nobody is tuned per task."""
+
+ARMS = {arm.name: arm for arm in (BASE, HYBRID, FILTERED, *ABLATIONS, *PEERS)}

@@ -1,0 +1,107 @@
+"""Price of 53,940 diamonds from nine attributes, by a multilayer perceptron."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.tasks.base import (
+    BatchTask,
+    EpochOrder,
+    Setting,
+    TaskUnavailableError,
+    batch_generator,
+)
+
+__all__ = ["diamonds", "make"]
+
+Pair = tuple[Tensor, Tensor]
+_NUMBERS = ("carat", "depth", "table", "x", "y", "z")
+_GRADES = {
+    "cut": ("Fair", "Good", "Very Good", "Premium", "Ideal"),
+    "color": ("J", "I", "H", "G", "F", "E", "D"),
+    "clarity": ("I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"),
+}
+
+
+def make(setting: Setting) -> BatchTask[Pair]:
+    """Regression of the standardized log price; every fifth stone is held out."""
+    x, y = (t.to(setting.device) for t in diamonds(_source(setting.data)))
+    held = torch.arange(len(x), device=x.device) % 5 == 0
+    width = {"quick": 64, "full": 128, "gpu": 256}[setting.scale]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        model = nn.Sequential(
+            nn.Linear(x.shape[1], width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, 1),
+        ).to(setting.device)
+    train_x, train_y, held_x, held_y = x[~held], y[~held], x[held], y[held]
+    order = EpochOrder(len(train_x), 256, setting.seed)
+
+    def rows(index: int) -> Pair:
+        chosen = order(index).to(x.device)
+        return train_x[chosen], train_y[chosen]
+
+    def loss(pair: Pair) -> Tensor:
+        return F.mse_loss(model(pair[0]).squeeze(1), pair[1])
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        return float(F.mse_loss(model(held_x).squeeze(1), held_y))
+
+    return BatchTask(model, loss, rows, evaluate)
+
+
+def _source(data: Path | None) -> Path:
+    """diamonds.csv, or a plotnine wheel that holds it.
+
+    Raises:
+        TaskUnavailableError: Neither is found.
+    """
+    if data is not None:
+        for pattern in ("diamonds.csv", "plotnine-*.whl"):
+            for path in sorted(data.rglob(pattern)):
+                return path
+    spec = importlib.util.find_spec("plotnine")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent / "data" / "diamonds.csv"
+    raise TaskUnavailableError(
+        "diamonds: plotnine is not installed and --data names no folder with "
+        "diamonds.csv or plotnine's wheel. pip download --no-deps plotnine -d FOLDER, "
+        "then --data FOLDER."
+    )
+
+
+@lru_cache(maxsize=1)
+def diamonds(path: Path) -> Pair:
+    """(n, 9) standardized attributes and (n,) standardized log price, shuffled."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            text = wheel.read("plotnine/data/diamonds.csv").decode()
+    else:
+        text = path.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    x = torch.tensor(
+        [
+            [float(r[k]) for k in _NUMBERS]
+            + [float(grades.index(r[k])) for k, grades in _GRADES.items()]
+            for r in rows
+        ]
+    )
+    y = torch.tensor([float(r["price"]) for r in rows]).log()
+    order = torch.randperm(len(x), generator=batch_generator(-2, 0))
+    x, y = x[order], y[order]
+    return (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()

@@ -1,0 +1,73 @@
+"""Saving and restoring: the base's own state dict, with the hybrid state inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hybridopt.codec import decode, encode
+from hybridopt.errors import CheckpointError
+from hybridopt.run import Run
+from hybridopt.telemetry import events
+
+__all__ = ["BLOB_KEY", "load_into", "save_into"]
+
+BLOB_KEY = "hybrid"
+"""Key in every parameter group; a string, which every checkpoint format carries."""
+
+
+def save_into(run: Run) -> dict[str, Any]:
+    """The base's state dict with the encoded run in every group.
+
+    In every group, because distributed checkpointing files groups by parameter.
+    """
+    if run.enabled or any(BLOB_KEY in g for g in run.base.param_groups):
+        text = encode(run.state_dict())
+        for group in run.base.param_groups:
+            group[BLOB_KEY] = text
+    return run.base.state_dict()
+
+
+def load_into(run: Run, rebuild: Callable[[], Run], state: dict[str, Any]) -> Run:
+    """Load base and hybrid state; returns the run to go on with.
+
+    Everything that can fail on the hybrid side fails before the base is touched; the
+    base's own ``load_state_dict`` checks its groups before it writes.
+
+    Raises:
+        CheckpointError: The hybrid state is unreadable or does not fit.
+        ValueError: The base refuses the groups.
+    """
+    text = next((g[BLOB_KEY] for g in state["param_groups"] if g.get(BLOB_KEY)), "")
+    fresh = rebuild()
+    if text:
+        _fill(fresh, decode(text))
+    run.base.load_state_dict(state)
+    if not run.config.enabled:
+        return fresh
+    for group in run.base.param_groups:
+        group.setdefault(BLOB_KEY, "")
+    fresh.space.restore_dtypes()
+    if not text:
+        # A bare base's checkpoint: its state is trained, ours begins. With state
+        # already there no zero step will create our keys later, so they come now.
+        if run.base.state:
+            fresh.space.forget()
+        events.checkpoint_loaded(0, "bare base optimizer: prediction starts in warm-up")
+        return fresh
+    if run.base.state and not fresh.space.ready:
+        fresh.space.allocate()
+    events.checkpoint_loaded(fresh.counters.steps, fresh.controller.plan.phase.value)
+    return fresh
+
+
+def _fill(fresh: Run, state: dict[str, Any]) -> None:
+    try:
+        fresh.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"hybrid state: {type(error).__name__}: {error}. It was saved by another "
+            "version or configuration; load with the configuration it was saved with."
+        ) from error

@@ -1,0 +1,311 @@
+"""Decides what the next step does: real or predicted, how far, or out of the way.
+
+All decisions come from observations that are equal on every rank; none from wall time,
+so runs repeat and resume bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.config import HybridConfig
+from hybridopt.protocols import HorizonPolicy
+from hybridopt.types import STEP, Forecast, Level, Mover, Observation, Outcome, Phase
+from hybridopt.types import Plan, Verdict
+
+__all__ = ["CONTEXT_SIZE", "Controller", "Move"]
+
+CONTEXT_SIZE = 6
+"""Length of the bandit's context, see ``Controller._context``."""
+
+FORWARD_COST = 1.0 / 3.0
+"""Cost of a forward pass in real steps (a backward is 2/3)."""
+
+IDLE_PROGRESS = 0.05
+"""A move worth less than this many steps does not pay for its bookkeeping."""
+IDLE_STEPS = 60
+"""Real steps in a row with idle moves before the optimizer goes to sleep."""
+FIRST_SLEEP_STEPS = 64
+LONGEST_SLEEP_STEPS = 2048
+
+
+@dataclass(slots=True)
+class Move:
+    """A predicted move that is being made or waits for its measurement."""
+
+    coefficients: Tensor
+    """(L, J), the whole move."""
+    rates: Tensor
+    """(L,) learning rates of the real step that the directions came from."""
+    horizon: int
+    """Steps that it consumes; 0 when it was folded into the real step."""
+    arm: int
+    context: list[float]
+    progress: float
+    """Expected progress in step equivalents."""
+    worth: float
+    """First-order worth sum_l a_l slope_l, in loss units, at the move's beginning."""
+    loss: float = math.nan
+    """Expected loss behind the move."""
+    loss_sigma: float = math.nan
+
+
+class Controller:
+    """Holds the plan and everything that it depends on, besides the learned parts."""
+
+    def __init__(self, config: HybridConfig, policy: HorizonPolicy) -> None:
+        self.config = config
+        self.policy = policy
+        self.plan = Plan(Phase.WARMUP if config.warmup_steps else Phase.FULL)
+        self.real_steps = 0
+        self.warm = config.warmup_steps == 0
+        self.move: Move | None = None
+        """The move behind the last real step; measured by the next one."""
+        self.sleep_steps = 0
+        """Real steps left to sleep; asleep, only the base works."""
+        self._sleep_length = FIRST_SLEEP_STEPS
+        self._idle_steps = 0
+        self._since_predict = 0
+        self._since_validation = 0
+        self._caution = False
+        self._last_rate = 0.0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether prediction has not paid lately and only the base works."""
+        return self.sleep_steps > 0
+
+    def lr_ratio(self, rate: float) -> float:
+        """This real step's learning rate over the previous one's; 1 at first."""
+        return rate / self._last_rate if self._last_rate > 0 else 1.0
+
+    # -- measuring the move behind the last real step -----------------------------------
+
+    def outcome(self, observation: Observation, rolled_back: bool) -> Outcome | None:
+        """How the last move turned out, by the trapezoid rule on its two gradients.
+
+        With delta the move, g its first and g' this gradient, its progress in step
+        equivalents is expected * (1 + clip(r, -1, 1)) / 2, r = <g', delta>/<g, delta>,
+        relative to the first-order worth. A move taken back made none.
+        """
+        move = self.move
+        if move is None:
+            return None
+        ratio = 0.0
+        if not rolled_back and move.worth > 0:
+            end = -float((move.coefficients * observation.dots).sum())
+            ratio = max(-1.0, min(1.0, end / move.worth))
+        progress = 0.0 if rolled_back else move.progress * (1.0 + ratio)
+        cost = 1.0 + (2.0 if rolled_back else 0.0)
+        return Outcome(move.arm, progress, move.horizon, cost, rolled_back)
+
+    def learn(self, outcome: Outcome) -> None:
+        """Reward the arm: scheduled steps honestly covered per unit of cost.
+
+        Steps consumed beyond the progress made count against the arm twice: once as
+        not covered, once as debt to the schedule.
+        """
+        if self.move is None:
+            return
+        covered = 1.0 + min(outcome.progress, float(outcome.consumed_steps))
+        debt = max(0.0, outcome.consumed_steps - outcome.progress)
+        longest = 1.0 + self.policy.horizons[-1]
+        reward = (covered - debt) / (outcome.cost * longest)
+        self.policy.update(outcome.arm, self.move.context, reward)
+        self.move = None
+
+    # -- planning ------------------------------------------------------------------------
+
+    def advance_real(self, observation: Observation) -> None:
+        """Count an accepted real step and end warm-up when it is over.
+
+        Warm-up lasts ``warmup_steps`` and as long as the scheduler has never stopped
+        raising the learning rate: gains that grow against a tiny rate would then
+        multiply a rising one.
+        """
+        rising = observation.lr_ratio > 1.0 + 1e-9
+        self._last_rate = observation.learning_rate
+        self.real_steps += 1
+        self._since_predict += 1
+        if self.sleep_steps:
+            self.sleep_steps -= 1
+        if not self.warm and self.real_steps >= self.config.warmup_steps and not rising:
+            self.warm = True
+        self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
+
+    def schedule(
+        self,
+        observation: Observation,
+        verdict: Verdict,
+        forecast: Forecast,
+        rates: Tensor,
+        slopes: Tensor,
+        allowed: bool,
+    ) -> Move | None:
+        """Choose the move behind the real step just taken; None for no move.
+
+        Args:
+            rates: (L,) learning rates of that step.
+            slopes: (L,) -<g, s> of a base step, what a move's worth is weighed by.
+            allowed: Whether the monitor lets predictions happen at all.
+        """
+        if not (self.warm and allowed) or self.asleep:
+            return None
+        self._caution = verdict.level >= Level.CAUTION
+        context = self._context(observation, forecast)
+        longest = self._longest(forecast, verdict)
+        arm = self.policy.choose(context, longest)
+        horizon = self.policy.horizons[arm]
+        worth = float(
+            (forecast.coefficients[:, STEP] * slopes.clamp_min(0.0)).sum()
+        )
+        self.move = Move(
+            forecast.coefficients,
+            rates,
+            horizon,
+            arm,
+            context,
+            forecast.progress,
+            worth,
+            forecast.loss,
+            forecast.loss_sigma,
+        )
+        if horizon:
+            self._since_predict = 0
+            self._since_validation += 1
+            self.plan = Plan(Phase.PREDICT, Mover.GAIN, horizon, 0, arm)
+        self._watch_idleness(forecast)
+        return self.move
+
+    def advance_predicted(self, can_validate: bool) -> None:
+        """Count one predicted step; behind the last one comes Correct."""
+        plan = self.plan
+        position = plan.position + 1
+        if position < plan.horizon:
+            self.plan = Plan(Phase.PREDICT, plan.mover, plan.horizon, position, plan.arm)
+            return
+        interval = self.config.validation_interval
+        due = bool(interval and self._since_validation >= interval) or self._caution
+        validates = can_validate and due
+        if validates:
+            self._since_validation = 0
+        self.plan = Plan(
+            Phase.CORRECT, plan.mover, plan.horizon, position, plan.arm, validates
+        )
+
+    def advance_validated(self) -> None:
+        """A forward-only validation is over; the real measurement comes next."""
+        plan = self.plan
+        self.plan = Plan(
+            Phase.CORRECT, plan.mover, plan.horizon, plan.position, plan.arm
+        )
+
+    def after_rollback(self) -> None:
+        """Start again with a real step."""
+        self.move = None
+        self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
+
+    def _longest(self, forecast: Forecast, verdict: Verdict) -> int:
+        """The most steps that the coming Predict phase may consume.
+
+        At most the lower bound of the progress, so that a run of N scheduled steps
+        keeps its schedule and its final loss.
+        """
+        if verdict.level >= Level.WARNING or self._since_predict < self.config.full_steps:
+            return 0
+        if forecast.confidence < self.config.confidence_threshold:
+            return 0
+        bound = forecast.progress_lower
+        if not math.isfinite(bound) or bound < 1.0:
+            return 0
+        longest = min(int(bound), self.config.max_predict_steps)
+        return longest // 2 if verdict.level is Level.CAUTION else longest
+
+    def _watch_idleness(self, forecast: Forecast) -> None:
+        """Go to sleep, longer each time, when moves are worth nothing for long."""
+        if forecast.progress >= IDLE_PROGRESS:
+            self._idle_steps = 0
+            self._sleep_length = FIRST_SLEEP_STEPS
+            return
+        self._idle_steps += 1
+        if self._idle_steps >= IDLE_STEPS:
+            self._idle_steps = IDLE_STEPS // 2  # a shorter probe after each sleep
+            self.sleep_steps = self._sleep_length
+            self._sleep_length = min(2 * self._sleep_length, LONGEST_SLEEP_STEPS)
+
+    def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
+        """Bias, confidence, log progress and its bound, log lr ratio, mean alignment."""
+        alignment = observation.alignment[:, STEP]
+        mean = float(alignment.mean()) if alignment.numel() else 0.0
+        values = [
+            1.0,
+            forecast.confidence,
+            math.log1p(max(forecast.progress, 0.0)) / 4.0,
+            math.log1p(max(forecast.progress_lower, 0.0)) / 4.0,
+            math.log(max(observation.lr_ratio, 1e-6)),
+            mean,
+        ]
+        return [v if math.isfinite(v) else 0.0 for v in values]
+
+    # -- state -----------------------------------------------------------------------------
+
+    _SCALARS = (
+        "real_steps",
+        "warm",
+        "sleep_steps",
+        "_sleep_length",
+        "_idle_steps",
+        "_since_predict",
+        "_since_validation",
+        "_caution",
+        "_last_rate",
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, counters, the pending move and the policy."""
+        plan = self.plan
+        move = self.move
+        return {
+            "scalars": {k: getattr(self, k) for k in self._SCALARS},
+            "plan": [
+                plan.phase.value,
+                plan.mover.value,
+                plan.horizon,
+                plan.position,
+                plan.arm,
+                plan.validates,
+            ],
+            "move": None
+            if move is None
+            else {k: getattr(move, k) for k in Move.__dataclass_fields__},
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        phase, mover, horizon, position, arm, validates = state["plan"]
+        plan = Plan(Phase(phase), Mover(mover), horizon, position, arm, validates)
+        move = None if state["move"] is None else Move(**state["move"])
+        self.policy.load_state_dict(state["policy"])
+        for key in self._SCALARS:
+            kind = type(getattr(self, key))
+            setattr(self, key, kind(state["scalars"][key]))
+        self.plan = plan
+        self.move = move
+
+    def scaled(self, rates: Tensor) -> Tensor:
+        """(L, J) coefficients of the pending move at today's learning rates.
+
+        delta_l = (lr_now / lr_seen) sum_j c_lj b_lj.
+        """
+        assert self.move is not None
+        seen = self.move.rates
+        if torch.equal(rates, seen):
+            return self.move.coefficients
+        ratio = torch.where(seen > 0, rates / seen, torch.zeros_like(seen))
+        return self.move.coefficients * ratio.unsqueeze(1)

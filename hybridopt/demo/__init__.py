@@ -1,0 +1,1 @@
+"""``hybridopt demo``: a byte-level GPT on real text, trained bare and wrapped."""

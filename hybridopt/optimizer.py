@@ -1,0 +1,453 @@
+"""``HybridPredictOptimizer``: one ``step()`` from top to bottom, and the torch contract.
+
+A step reads the plan, runs the closure if the plan needs it, and hands over to the
+phase (``phases.py``), which judges, moves, and leaves the plan for the next step. All
+state is in one ``Run`` (``run.py``), because frameworks call these methods with proxies
+as ``self``; the optimizer's own containers are the base's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hybridopt import phases
+from hybridopt.checkpoint import BLOB_KEY, load_into, save_into
+from hybridopt.closure import Evaluation, evaluate, insists_on_call
+from hybridopt.config import HybridConfig
+from hybridopt.errors import ConfigError, NonFiniteError
+from hybridopt.run import Components, Run, build_run
+from hybridopt.statistics import summarize
+from hybridopt.telemetry import events
+from hybridopt.types import Phase, StepRecord
+
+__all__ = ["HybridPredictOptimizer"]
+
+Closure = Callable[[], Any]
+
+
+class HybridPredictOptimizer(Optimizer):
+    """Wraps a base optimizer and replaces real gradients by predicted moves.
+
+    Args:
+        base_optimizer: Any ``torch.optim.Optimizer``, new or trained.
+        config: Every knob; the default is meant to be right.
+        model: The module being trained: lets rollbacks restore its buffers (BatchNorm
+            statistics) and permits forward-only validations.
+        process_group: Ranks that must agree; the default group where one exists.
+        components: Parts to use in place of those that ``config`` would build.
+        **overrides: Fields of ``HybridConfig`` to change.
+
+    Raises:
+        ConfigError: A value breaks its rule, or ``base_optimizer`` is no optimizer.
+    """
+
+    # torch reads these on the class or instance; they are the base's here.
+    base: Optimizer
+    config: HybridConfig
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        config: HybridConfig | None = None,
+        *,
+        model: nn.Module | None = None,
+        process_group: Any = None,
+        components: Components | None = None,
+        **overrides: Any,
+    ) -> None:
+        if not isinstance(base_optimizer, Optimizer):
+            raise ConfigError(
+                f"base_optimizer={type(base_optimizer).__name__}: must be a "
+                "torch.optim.Optimizer. Pass for example "
+                "torch.optim.AdamW(model.parameters())."
+            )
+        config = (config or HybridConfig()).replace(**overrides)
+        self._build(base_optimizer, config, model, process_group, components)
+
+    def _build(
+        self,
+        base: Optimizer,
+        config: HybridConfig,
+        model: nn.Module | None,
+        process_group: Any,
+        components: Components | None,
+    ) -> None:
+        self.base = base
+        # Optimizer.__init__ would replace the base's groups and state with empty ones;
+        # __setstate__ makes the hook registries and patches ``step`` for profiling.
+        Optimizer.__setstate__(self, {})
+        self.config = config
+        self._model = model
+        self._process_group = process_group
+        self._components = components or Components()
+        self._run = build_run(base, config, model, process_group, self._components)
+        if config.enabled:
+            for group in base.param_groups:
+                group.setdefault(BLOB_KEY, "")
+            if base.state:
+                self._run.space.allocate()
+
+    # -- one training step ---------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """One training step, real or predicted.
+
+        Args:
+            closure: Returns the loss (forward form), or clears gradients, runs forward
+                and backward (classic form). None: gradients are already in ``p.grad``,
+                or the step is predicted and needs none.
+
+        Returns:
+            The closure's result on real steps; a detached 0-dim tensor with the
+            expected loss on predicted steps; None for a real ``step()``.
+
+        Raises:
+            ClosureError: The closure gave nothing that a step can be made of. Weights,
+                state and phase are as before.
+        """
+        run = self._run
+        if not run.enabled:
+            return self._bare_step(closure)
+        run.start_clock()
+        busy = run.counters.closure_s + run.counters.base_s
+        plan = run.controller.plan
+        needs_gradient = plan.runs_backward
+        evaluation: Evaluation | None = None
+        if not needs_gradient:
+            # Gradients that the user made always win over a prediction.
+            needs_gradient = run.fresh_gradients() and self._not_all_zero()
+            if not needs_gradient and closure is not None and insists_on_call(closure):
+                evaluation = self._insisted(closure)
+                needs_gradient = evaluation is not None
+        elif closure is not None:
+            evaluation = self._evaluate(closure)
+        if needs_gradient:
+            if closure is None and not self._has_work():
+                return None
+            loss = None if evaluation is None else evaluation.loss
+            run.forward_form = evaluation is not None and evaluation.forward_form
+            done = phases.real_step(run, loss, self._base_step(closure, evaluation))
+            result = None if evaluation is None else evaluation.result
+        elif plan.phase is Phase.CORRECT and closure is not None:
+            done = phases.validated_step(run, closure)
+            result = torch.tensor(done.loss)
+        elif plan.phase is Phase.CORRECT:
+            # A loop without closures cannot be validated by a forward pass.
+            run.controller.advance_validated()
+            return None
+        else:
+            done = phases.predicted_step(run)
+            result = torch.tensor(done.loss)
+        self._record(plan.phase, plan.arm, done, busy)
+        return result
+
+    def _base_step(
+        self, closure: Closure | None, evaluation: Evaluation | None
+    ) -> Callable[[], Any]:
+        """The base's step; bases that insist on a closure get one that replays."""
+        base = self.base
+        if not _requires_closure(base) or closure is None:
+            return base.step
+        first = [True]
+
+        def replay() -> Any:
+            if first[0] and evaluation is not None:
+                first[0] = False
+                return evaluation.loss
+            return self._evaluate(closure).loss
+
+        return lambda: base.step(replay)
+
+    def _evaluate(self, closure: Closure) -> Evaluation:
+        run = self._run
+        started = time.perf_counter()
+        parameters = run.space.parameters()
+        result = evaluate(closure, parameters, run.config.clip_grad_norm)
+        run.counters.closure_s += time.perf_counter() - started
+        run.counters.closure_calls += 1
+        run.counters.backward_calls += 1
+        return result
+
+    def _insisted(self, closure: Closure) -> Evaluation | None:
+        """Call a closure that must be called; None when it left no gradients."""
+        run = self._run
+        run.clear_gradients()
+        with torch.enable_grad():
+            result = closure()
+        run.counters.closure_calls += 1
+        if not any(p.grad is not None for p in run.space.parameters()):
+            return None
+        run.counters.backward_calls += 1
+        loss = result.detach() if isinstance(result, Tensor) else None
+        return Evaluation(result, loss, forward_form=False)
+
+    def _has_work(self) -> bool:
+        """Whether a ``step()`` without closure is a training step at all.
+
+        Distributed checkpointing steps once with zero gradients and a zero learning
+        rate to fill the base's state: that reaches the base and counts as nothing.
+        """
+        run = self._run
+        if any(p.grad is not None for p in run.space.parameters()):
+            if any(float(g["lr"]) != 0.0 for g in self.base.param_groups):
+                run.counters.backward_calls += 1
+                return True
+            if self._not_all_zero():
+                run.counters.backward_calls += 1
+                return True
+        self.base.step()
+        if not run.space.ready and self.base.state:
+            run.space.allocate()
+        return False
+
+    def _not_all_zero(self) -> bool:
+        gradients = [p.grad for p in self._run.space.parameters() if p.grad is not None]
+        return any(bool(g.count_nonzero()) for g in gradients)
+
+    def _bare_step(self, closure: Closure | None) -> Any:
+        """The base alone, with either closure form."""
+        if closure is None:
+            return self.base.step()
+        parameters = self._run.space.parameters()
+        clip = self.config.clip_grad_norm
+        evaluation = evaluate(closure, parameters, clip)
+        self._base_step(closure, evaluation)()
+        return evaluation.result
+
+    def _record(self, phase: Phase, arm: int, done: phases.Done, busy_s: float) -> None:
+        """Count the step and leave its record."""
+        run = self._run
+        counters = run.counters
+        outside = counters.closure_s + counters.base_s - busy_s
+        bookkeeping = max(time.perf_counter() - run.started_s - outside, 0.0)
+        counters.bookkeeping_s += bookkeeping
+        record = StepRecord(
+            step=counters.steps,
+            phase=phase,
+            mover=done.mover,
+            loss=done.loss,
+            loss_predicted=done.loss_predicted,
+            horizon=done.horizon,
+            arm=arm,
+            confidence=done.confidence,
+            progress=done.progress,
+            verdict=done.verdict.level,
+            action=done.action,
+            gradient_norm=done.gradient_norm,
+            gain=done.gain,
+            learning_rate=done.learning_rate,
+            bookkeeping_s=bookkeeping,
+            reason=done.verdict.reason,
+        )
+        counters.steps += 1
+        run.last_step = record
+        run.sink.write(record)
+        if run.controller.plan.phase is not phase:
+            events.phase_changed(record.step, phase, run.controller.plan.phase)
+
+    # -- what users ask --------------------------------------------------------------
+
+    @property
+    def needs_backward(self) -> bool:
+        """False when the next ``step()`` is predicted: skip batch, forward, backward.
+
+        Pure, and stable until the next ``step()``, over all micro-batches of a step. A
+        loop that asks cannot be validated by a forward pass, so Correct is real there.
+        """
+        run = self._run
+        return not run.enabled or run.controller.plan.phase is not Phase.PREDICT
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the next step."""
+        return self._run.controller.plan.phase
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """Record of the last step; None before the first."""
+        return self._run.last_step
+
+    def statistics(self) -> dict[str, Any]:
+        """Totals and rates since the start; see ``hybridopt.statistics.summarize``."""
+        return summarize(self._run)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Inside: the noise-filtered weights (EMA). On exit: the training weights, bit
+        for bit. Without filtered drift (memory="low") the weights stay as they are."""
+        return self._run.space.averaged()
+
+    def train_off(self) -> None:
+        """Stop predicting for good: from here on, exactly the base optimizer."""
+        run = self._run
+        run.controller.move = None
+        run.controller.after_rollback()
+        run.enabled = False
+
+    def close(self) -> None:
+        """Flush and close the event sinks."""
+        self._run.sink.close()
+
+    @property
+    def run(self) -> Run:
+        """The parts behind this optimizer, for extensions and tests."""
+        return self._run
+
+    # -- the base's containers ---------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's groups; a property, because a load replaces the list."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults, which schedulers read."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the base's groups."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; prediction starts over in warm-up.
+
+        The learned state is per tensor, so it cannot outlive a change of the tensors.
+        """
+        self.base.add_param_group(param_group)
+        run = self._run
+        fresh = build_run(
+            self.base, self.config, self._model, self._process_group, self._components
+        )
+        fresh.counters, fresh.enabled = run.counters, run.enabled
+        run.adopt(fresh)
+        if run.enabled:
+            for group in self.base.param_groups:
+                group.setdefault(BLOB_KEY, "")
+            run.space.forget()
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Forwarded to a sharded base (ZeroRedundancyOptimizer); Lightning calls it.
+
+        Raises:
+            ConfigError: The base has nothing to consolidate.
+        """
+        consolidate = getattr(self.base, "consolidate_state_dict", None)
+        if consolidate is None:
+            raise ConfigError(
+                f"base_optimizer={type(self.base).__name__}: has no "
+                "consolidate_state_dict. Call state_dict() directly."
+            )
+        consolidate(to=to)
+
+    def __repr__(self) -> str:
+        groups = []
+        for index, group in enumerate(self.base.param_groups):
+            shown = {k: v for k, v in sorted(group.items()) if k not in _HIDDEN}
+            lines = "".join(f"\n    {k}: {v}" for k, v in shown.items())
+            groups.append(f"\nParameter Group {index}{lines}")
+        return f"{type(self).__name__}({type(self.base).__name__} ({''.join(groups)}\n))"
+
+    # -- saving and restoring -------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict with the hybrid state inside; no key of its own.
+
+        Loads with ``weights_only=True``.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = save_into(self._run)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, or start in warm-up from a bare base's.
+
+        Raises:
+            CheckpointError: Corrupt, truncated, of another version, or of another
+                model. Nothing was changed.
+        """
+        state = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state)
+            state = state if replaced is None else replaced
+
+        def rebuild() -> Run:
+            return build_run(
+                self.base,
+                self.config,
+                self._model,
+                self._process_group,
+                self._components,
+            )
+
+        self._run.adopt(load_into(self._run, rebuild, state))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An explicit list: the instance may carry a scheduler's patched ``step``, which
+        # is bound to this very object. Like torch's own optimizers, copies drop hooks.
+        return {
+            "base": self.base,
+            "config": self.config,
+            "model": self._model,
+            "components": self._components,
+            "hybrid": self._run.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" not in state:
+            # The base's load_state_dict ends here for repairs of old checkpoints.
+            self.base.__setstate__(state)
+            return
+        self._build(
+            state["base"], state["config"], state["model"], None, state["components"]
+        )
+        self._run.load_state_dict(state["hybrid"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HybridPredictOptimizer:
+        import copy
+
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+
+_HIDDEN = frozenset({"params", BLOB_KEY})
+
+
+def _requires_closure(base: Optimizer) -> bool:
+    """Whether the base's step cannot do without a closure (LBFGS)."""
+    parameter = inspect.signature(type(base).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty

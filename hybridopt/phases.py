@@ -1,0 +1,356 @@
+"""The moves that a step can make, side by side.
+
+``real_step`` serves Warmup, Full and the gradient form of Correct; ``predicted_step``
+is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back`` undoes.
+Each judges before any weight moves, and leaves the plan for the next step behind.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt import quasi_newton
+from hybridopt.closure import forward_only
+from hybridopt.errors import RecoveryAction
+from hybridopt.hooks import without_global_hooks
+from hybridopt.run import Run
+from hybridopt.telemetry import events
+from hybridopt.types import (
+    BASIS_SIZE,
+    STEP,
+    Forecast,
+    Level,
+    Mover,
+    Observation,
+    Verdict,
+)
+
+__all__ = ["Done", "predicted_step", "real_step", "validated_step"]
+
+_QUIET = Verdict(Level.OK, RecoveryAction.CONTINUE)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a phase did, for the step record."""
+
+    mover: Mover
+    loss: float
+    verdict: Verdict = _QUIET
+    loss_predicted: bool = False
+    horizon: int = 0
+    confidence: float = 0.0
+    progress: float = 0.0
+    gain: float = 0.0
+    gradient_norm: float = math.nan
+    learning_rate: float = math.nan
+    action: RecoveryAction = RecoveryAction.CONTINUE
+
+
+def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any]) -> Done:
+    """Judge the gradient, step the base, then plan and start the move behind it.
+
+    Gradients are in ``p.grad``. Anything not finite skips the step or takes the last
+    move back; the base never sees it.
+    """
+    observation = _observe(run, loss)
+    verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
+    newton = quasi_newton.before_base(run, observation)
+    if newton.rejected:
+        return _newton_retry(run, observation, verdict)
+    if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
+        return roll_back(run, observation, verdict)
+    if not observation.finite:
+        return _skip(run, observation, verdict)
+    _learn(run, observation)
+    _take_base_step(run, step_base)
+    run.controller.advance_real(observation)
+    run.monitor.real_step()
+    if run.controller.warm:
+        run.predictor.moving = True
+    forecast, horizon, mover = None, 0, Mover.NONE
+    if newton.engaged:
+        if quasi_newton.after_base(run, observation):
+            mover = Mover.SECANT
+            run.counters.secant_moves += 1
+    elif newton.quiet:
+        forecast, horizon, mover = _plan_move(run, observation, verdict)
+    return _done(run, observation, verdict, forecast, horizon, mover)
+
+
+def predicted_step(run: Run) -> Done:
+    """Make one share of the planned move; no backward, no forward, no batch."""
+    controller = run.controller
+    plan, move = controller.plan, controller.move
+    assert move is not None
+    rates = run.rates()
+    finite = run.space.move(controller.scaled(rates), 1.0 / plan.horizon)
+    run.clear_gradients()
+    run.counters.predicted_steps += 1
+    if not finite:
+        run.space.roll_back()
+        run.restore_buffers()
+        run.counters.rolled_back_steps += 1
+        controller.after_rollback()
+        events.rolled_back(run.counters.steps, "predicted move is not finite")
+        verdict = Verdict(Level.CRITICAL, RecoveryAction.ROLL_BACK)
+        return Done(plan.mover, run.last_loss, verdict, action=verdict.action)
+    expected = move.loss
+    if math.isfinite(expected) and math.isfinite(run.last_loss):
+        share = (plan.position + 1) / plan.horizon
+        expected = run.last_loss + share * (expected - run.last_loss)
+    else:
+        expected = run.last_loss
+    controller.advance_predicted(run.forward_form and run.model is not None)
+    return Done(
+        plan.mover,
+        expected,
+        loss_predicted=True,
+        horizon=plan.horizon,
+        progress=move.progress,
+        gain=float(move.coefficients[:, STEP].mean()),
+        learning_rate=float(rates.max()),
+    )
+
+
+def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
+    """Check the move by a forward pass alone, then correct it or take it back.
+
+    Costs one forward. The user's random streams and BatchNorm statistics are untouched.
+    """
+    controller, move = run.controller, run.controller.move
+    assert run.model is not None
+    assert move is not None
+    started = time.perf_counter()
+    loss = forward_only(closure, run.model)
+    run.counters.closure_s += time.perf_counter() - started
+    run.counters.closure_calls += 1
+    run.counters.validated_steps += 1
+    total = torch.tensor([loss, 1.0], dtype=torch.float64)
+    loss = float(run.collective.sum(total)[0]) / run.collective.world_size
+    size = len(run.space.parameters())
+    empty = torch.zeros(size, BASIS_SIZE, dtype=torch.float64)
+    observation = Observation(
+        step=run.counters.steps,
+        loss=loss,
+        gradient_norm=math.nan,
+        finite=math.isfinite(loss),
+        gradient_sq=torch.zeros(size, dtype=torch.float64),
+        dots=empty,
+        basis_sq=empty,
+        learning_rate=float(run.rates().max()),
+        lr_ratio=1.0,
+        moved_steps=move.horizon,
+        moved_progress=move.progress,
+        expected_loss=move.loss,
+        expected_loss_sigma=move.loss_sigma,
+    )
+    verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
+    if verdict.action is RecoveryAction.ROLL_BACK:
+        return roll_back(run, observation, verdict)
+    run.clear_gradients()
+    controller.advance_validated()
+    run.last_loss = loss
+    return Done(Mover.NONE, loss, verdict, horizon=move.horizon, progress=move.progress)
+
+
+def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
+    """Weights, buffers and plan as they were behind the last real step, bit for bit.
+
+    The base's state needs no copy: the base has not stepped since, because the monitor
+    judges before it does.
+    """
+    outcome = run.controller.outcome(observation, rolled_back=True)
+    run.space.roll_back()
+    run.restore_buffers()
+    if outcome is not None:
+        run.controller.learn(outcome)
+        run.predictor.feedback(outcome)
+    run.controller.after_rollback()
+    if run.secant is not None:
+        run.secant.abandon()
+    run.counters.rolled_back_steps += 1
+    run.clear_gradients()
+    events.rolled_back(run.counters.steps, verdict.reason)
+    if run.monitor.rolled_back(run.counters.steps):
+        events.predictions_paused(run.counters.steps, verdict.reason)
+    return Done(
+        Mover.NONE,
+        observation.loss,
+        verdict,
+        gradient_norm=observation.gradient_norm,
+        learning_rate=observation.learning_rate,
+        action=RecoveryAction.ROLL_BACK,
+    )
+
+
+# -- parts of a real step ----------------------------------------------------------------
+
+
+def _observe(run: Run, loss: Tensor | float | None) -> Observation:
+    """One pass over the gradient, summed over ranks: what every rank then decides by."""
+    reading = run.space.observe(loss)
+    local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
+    count = run.collective.world_size
+    if count > 1:
+        share = torch.tensor([reading.loss / count], dtype=torch.float64)
+        total = run.collective.sum(torch.cat([local.reshape(-1), share]))
+        local, mean_loss = total[:-1].view_as(local), float(total[-1])
+    else:
+        mean_loss = reading.loss
+    gradient_sq = local[:, 0]
+    norm = math.sqrt(float(gradient_sq.sum())) if bool(gradient_sq.isfinite().all()) else (
+        math.nan
+    )
+    finite = math.isfinite(norm) and (loss is None or math.isfinite(mean_loss))
+    run.slopes = local[:, -1]
+    rate = float(run.rates().max()) if len(run.shares) else 0.0
+    move = run.controller.move
+    return Observation(
+        step=run.counters.steps,
+        loss=mean_loss,
+        gradient_norm=norm,
+        finite=finite,
+        gradient_sq=gradient_sq,
+        dots=local[:, 1 : 1 + BASIS_SIZE],
+        basis_sq=local[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
+        learning_rate=rate,
+        lr_ratio=run.controller.lr_ratio(rate),
+        moved_steps=0 if move is None else move.horizon,
+        moved_progress=0.0 if move is None else move.progress,
+        expected_loss=math.nan if move is None else move.loss,
+        expected_loss_sigma=math.nan if move is None else move.loss_sigma,
+    )
+
+
+def _learn(run: Run, observation: Observation) -> None:
+    """Let every learner take in an accepted observation."""
+    outcome = run.controller.outcome(observation, rolled_back=False)
+    if outcome is not None:
+        run.controller.learn(outcome)
+        run.predictor.feedback(outcome)
+    if not run.controller.asleep and run.space.anchored:
+        run.predictor.observe(observation)
+    if math.isfinite(observation.loss):
+        if math.isfinite(observation.expected_loss):
+            error = abs(observation.loss - observation.expected_loss)
+            run.predictor_error.add(error / max(abs(observation.loss), 1e-12))
+        run.last_loss = observation.loss
+    run.monitor.absorb(observation)
+
+
+def _take_base_step(run: Run, step_base: Callable[[], Any]) -> None:
+    """The base's own step, with displacement and drift taken in around it."""
+    ready = run.space.ready
+    if ready:
+        run.space.before_base()
+    started = time.perf_counter()
+    with without_global_hooks():
+        step_base()
+    run.counters.base_s += time.perf_counter() - started
+    run.counters.real_steps += 1
+    if ready:
+        run.space.after_base()
+    if not run.space.complete():
+        run.space.allocate()
+    run.keep_buffers()
+    run.mark_consumed()
+
+
+def _plan_move(
+    run: Run, observation: Observation, verdict: Verdict
+) -> tuple[Forecast | None, int, Mover]:
+    """Choose the move; fold it into this step when it consumes none."""
+    if not run.controller.warm or run.controller.asleep or not run.space.anchored:
+        return None, 0, Mover.NONE
+    forecast = run.predictor.forecast(run.slopes)
+    if run.config.residual.enabled and forecast.latent is not None:
+        size = (forecast.coefficients.shape[0], forecast.coefficients.shape[1])
+        correction = run.corrector.correction(forecast.latent, size)
+        forecast = _with_coefficients(forecast, forecast.coefficients + correction)
+    allowed = run.monitor.may_predict(run.counters.steps)
+    move = run.controller.schedule(
+        observation, verdict, forecast, run.rates(), run.slopes, allowed
+    )
+    if move is None:
+        return forecast, 0, Mover.NONE
+    if move.horizon == 0:
+        if not run.space.move(move.coefficients, 1.0):
+            run.space.roll_back()
+            run.controller.move = None
+            return forecast, 0, Mover.NONE
+        run.counters.folded_moves += 1
+    return forecast, move.horizon, Mover.GAIN
+
+
+def _with_coefficients(forecast: Forecast, coefficients: Tensor) -> Forecast:
+    return Forecast(
+        coefficients,
+        forecast.confidence,
+        forecast.progress,
+        forecast.progress_lower,
+        forecast.loss,
+        forecast.loss_sigma,
+        forecast.latent,
+    )
+
+
+def _newton_retry(run: Run, observation: Observation, verdict: Verdict) -> Done:
+    """A secant move made the loss worse: back to the anchor, then a shorter move."""
+    run.space.roll_back()
+    run.restore_buffers()
+    quasi_newton.retry(run)
+    run.counters.rolled_back_steps += 1
+    run.mark_consumed()
+    return Done(
+        Mover.SECANT,
+        observation.loss,
+        verdict,
+        gradient_norm=observation.gradient_norm,
+        learning_rate=observation.learning_rate,
+        action=RecoveryAction.ROLL_BACK,
+    )
+
+
+def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
+    """Not finite and nothing to take back: the step does not happen."""
+    run.counters.skipped_steps += 1
+    run.mark_consumed()
+    events.step_skipped(run.counters.steps, verdict.reason)
+    return Done(
+        Mover.NONE,
+        observation.loss,
+        verdict,
+        gradient_norm=observation.gradient_norm,
+        learning_rate=observation.learning_rate,
+        action=RecoveryAction.SKIP_STEP,
+    )
+
+
+def _done(
+    run: Run,
+    observation: Observation,
+    verdict: Verdict,
+    forecast: Forecast | None,
+    horizon: int,
+    mover: Mover,
+) -> Done:
+    return Done(
+        mover,
+        observation.loss,
+        verdict,
+        horizon=horizon,
+        confidence=0.0 if forecast is None else forecast.confidence,
+        progress=0.0 if forecast is None else forecast.progress,
+        gain=0.0 if forecast is None else float(forecast.coefficients[:, STEP].mean()),
+        gradient_norm=observation.gradient_norm,
+        learning_rate=observation.learning_rate,
+        action=verdict.action,
+    )

@@ -1,0 +1,89 @@
+"""The secant mover inside a real step: when it engages, judges and moves.
+
+On low-noise problems the pending move is judged by the next real step's own loss, so it
+costs no extra forward; worse means back to the anchor and a shorter try.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridopt.run import Run
+from hybridopt.types import Observation
+from hybridopt.weights.flat import (
+    add_flat_,
+    flatten,
+    flatten_gradients,
+    preconditioner,
+)
+
+__all__ = ["Newton", "after_base", "before_base", "retry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Newton:
+    """Where the secant mover stands at this real step."""
+
+    quiet: bool
+    """It leaves the field to the gain moves."""
+    engaged: bool = False
+    """It will move behind this base step."""
+    judged: bool = False
+    """It has just judged its own pending move, so the monitor need not."""
+    rejected: bool = False
+    """Its pending move made the loss worse or not finite."""
+
+
+def before_base(run: Run, observation: Observation) -> Newton:
+    """Judge the pending move and record position and gradient; writes no weight."""
+    mover = run.secant
+    if mover is None or run.secant_off:
+        return Newton(quiet=True)
+    judged = mover.pending
+    accepted = mover.judge(observation.loss if observation.finite else float("nan"))
+    if observation.finite:
+        parameters = run.space.parameters()
+        position, gradient = flatten(parameters), flatten_gradients(parameters)
+        slopes = mover.slopes(position, gradient)
+        if slopes is not None and accepted:
+            run.noise.add(run.secant_loss, observation.loss, *slopes)
+        mover.record(position, gradient)
+    if not accepted:
+        return Newton(quiet=False, judged=judged, rejected=True)
+    if not observation.finite:
+        return Newton(quiet=False, judged=judged)
+    run.secant_loss = observation.loss
+    if run.noise.decided and not run.noise.is_low:
+        # The loss is noisy: secant pairs would measure the draw of the batch.
+        mover.reset()
+        run.secant_off = True
+        return Newton(quiet=True)
+    warm = run.controller.warm and (
+        run.controller.real_steps + 1 >= run.config.secant.warmup_steps
+    )
+    allowed = run.monitor.may_predict(run.counters.steps)
+    engaged = warm and allowed and run.noise.is_low
+    return Newton(quiet=False, engaged=engaged, judged=judged)
+
+
+def after_base(run: Run, observation: Observation) -> bool:
+    """Move on to x + J, x being where the gradient was taken; False for no move."""
+    mover = run.secant
+    assert mover is not None
+    parameters = run.space.parameters()
+    direction = mover.direction(preconditioner(run.base, parameters))
+    if direction is None:
+        return False
+    moved = flatten(parameters)
+    add_flat_(parameters, mover.propose(direction, observation.loss, moved))
+    run.space.moved = True
+    return True
+
+
+def retry(run: Run) -> None:
+    """From the anchor, make the shortened move; or stay there after too many tries."""
+    assert run.secant is not None
+    delta = run.secant.retry()
+    if delta is not None:
+        add_flat_(run.space.parameters(), delta)
+        run.space.moved = True

@@ -1,0 +1,302 @@
+"""Everything mutable behind one optimizer, held in one object.
+
+Frameworks call the optimizer's methods with proxies as ``self``; what such a method
+assigned on ``self`` would be lost. So the optimizer assigns nothing and all state is
+here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridopt.config import HybridConfig
+from hybridopt.control import Controller, build_policy
+from hybridopt.control.controller import CONTEXT_SIZE
+from hybridopt.distributed import build_collective, reduction_weights
+from hybridopt.dynamics import build_predictor
+from hybridopt.errors import CheckpointError
+from hybridopt.guard import DivergenceMonitor
+from hybridopt.history import RunningMoments
+from hybridopt.kernels import select_ops
+from hybridopt.protocols import (
+    Collective,
+    Corrector,
+    HorizonPolicy,
+    Ops,
+    Predictor,
+    Signal,
+)
+from hybridopt.residuals import build_corrector
+from hybridopt.telemetry import MetricsSink
+from hybridopt.types import StepRecord
+from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
+from hybridopt.weights.local import local, shard_share
+
+__all__ = ["Components", "Counters", "Run", "build_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Parts to use instead of those that the configuration would build."""
+
+    predictor: Predictor | None = None
+    policy: HorizonPolicy | None = None
+    signals: Sequence[Signal] | None = None
+    corrector: Corrector | None = None
+    ops: Ops | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start of training; saved with it."""
+
+    steps: int = 0
+    real_steps: int = 0
+    predicted_steps: int = 0
+    validated_steps: int = 0
+    folded_moves: int = 0
+    secant_moves: int = 0
+    rolled_back_steps: int = 0
+    skipped_steps: int = 0
+    closure_calls: int = 0
+    backward_calls: int = 0
+    closure_s: float = 0.0
+    base_s: float = 0.0
+    bookkeeping_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Run:
+    """The parts of one optimizer and what changes as it runs."""
+
+    base: torch.optim.Optimizer
+    config: HybridConfig
+    model: nn.Module | None
+    space: WeightSpace
+    predictor: Predictor
+    controller: Controller
+    monitor: DivergenceMonitor
+    corrector: Corrector
+    collective: Collective
+    secant: SecantMover | None
+    noise: NoiseMeter
+    sink: MetricsSink
+    shares: Tensor
+    """(L, 1) weights of local sums in the global ones."""
+    enabled: bool
+    counters: Counters = field(default_factory=Counters)
+    predictor_error: RunningMoments = field(default_factory=lambda: RunningMoments(0.95))
+    """|loss - expected| / |loss| of the loss forecasts."""
+    last_step: StepRecord | None = None
+    last_loss: float = float("nan")
+    forward_form: bool = False
+    """Whether the last real step came from a forward closure."""
+    consumed: list[tuple[int, int]] = field(default_factory=list)
+    """(id, version) of the gradients that the last real step used up."""
+    buffers: list[Tensor] = field(default_factory=list)
+    """Model buffers as they were when the anchor was set."""
+    secant_loss: float = float("nan")
+    """Loss at the point that the secant mover recorded last."""
+    secant_off: bool = False
+    """Whether the loss turned out too noisy for secant moves."""
+    slopes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """(L,) -<g, s> of the base step before the last one."""
+    started_s: float = 0.0
+
+    def adopt(self, other: Run) -> None:
+        """Become ``other``; whoever holds this object sees the new run."""
+        for name in Run.__dataclass_fields__:
+            setattr(self, name, getattr(other, name))
+
+    # -- rates ---------------------------------------------------------------------
+
+    def rates(self) -> Tensor:
+        """(L,) learning rate of every trainable parameter, now."""
+        values = [
+            float(g["lr"])
+            for g in self.base.param_groups
+            for p in g["params"]
+            if p.requires_grad
+        ]
+        return torch.tensor(values, dtype=torch.float64)
+
+    # -- buffers -------------------------------------------------------------------
+
+    def keep_buffers(self) -> None:
+        """Remember the model's buffers beside the anchor."""
+        if self.model is not None:
+            self.buffers = [b.detach().clone() for b in self.model.buffers()]
+
+    def restore_buffers(self) -> None:
+        """Give the model its buffers back, bit for bit."""
+        if self.model is None or not self.buffers:
+            return
+        with torch.no_grad():
+            for buffer, kept in zip(self.model.buffers(), self.buffers, strict=True):
+                buffer.copy_(kept)
+
+    # -- gradients that were used up -------------------------------------------------
+
+    def mark_consumed(self) -> None:
+        """Remember which gradients belong to the real step just taken."""
+        self.consumed = [
+            (id(p.grad), p.grad._version)
+            for p in self.space.parameters()
+            if p.grad is not None
+        ]
+
+    def fresh_gradients(self) -> bool:
+        """Whether the user produced gradients since the last real step."""
+        present = [
+            (id(p.grad), p.grad._version)
+            for p in self.space.parameters()
+            if p.grad is not None
+        ]
+        return bool(present) and present != self.consumed
+
+    def clear_gradients(self) -> None:
+        """Leave no gradient behind a predicted step."""
+        for p in self.space.parameters():
+            p.grad = None
+        self.consumed = []
+
+    # -- time ----------------------------------------------------------------------
+
+    def start_clock(self) -> None:
+        """Begin one call's bookkeeping time."""
+        self.started_s = time.perf_counter()
+
+    # -- state ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, besides tensors in ``state[p]``."""
+        counters = self.counters
+        return {
+            "size": int(self.shares.shape[0]),
+            "enabled": self.enabled,
+            "space": self.space.state_dict(),
+            "predictor": self.predictor.state_dict(),
+            "predictor_kind": type(self.predictor).__name__,
+            "controller": self.controller.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "corrector": self.corrector.state_dict(),
+            "secant": None if self.secant is None else self.secant.state_dict(),
+            "noise": self.noise.state_dict(),
+            "counters": {k: getattr(counters, k) for k in Counters.__dataclass_fields__},
+            "predictor_error": self.predictor_error.state_dict(),
+            "last_loss": self.last_loss,
+            "secant_loss": self.secant_loss,
+            "secant_off": self.secant_off,
+            "slopes": self.slopes,
+            "forward_form": self.forward_form,
+            "buffers": [b.cpu() for b in self.buffers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore into freshly built parts.
+
+        Raises:
+            CheckpointError: Another number of tensors or another kind of predictor.
+        """
+        size = int(self.shares.shape[0])
+        if state["size"] != size:
+            raise CheckpointError(
+                f"checkpoint of {state['size']} parameter tensors: this optimizer has "
+                f"{size}. Build the same model and parameter groups before loading."
+            )
+        if state["predictor_kind"] != type(self.predictor).__name__:
+            raise CheckpointError(
+                f"checkpoint with a {state['predictor_kind']}: this optimizer is "
+                f"configured for {type(self.predictor).__name__}. Load with the "
+                "configuration that it was saved with."
+            )
+        if (state["secant"] is None) != (self.secant is None):
+            raise CheckpointError(
+                "checkpoint and configuration disagree on secant moves. Load with the "
+                "secant and memory_budget settings that it was saved with."
+            )
+        self.enabled = bool(state["enabled"])
+        self.space.load_state_dict(state["space"])
+        self.predictor.load_state_dict(state["predictor"])
+        self.controller.load_state_dict(state["controller"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.corrector.load_state_dict(state["corrector"])
+        if self.secant is not None:
+            self.secant.load_state_dict(state["secant"])
+        self.noise.load_state_dict(state["noise"])
+        for key in Counters.__dataclass_fields__:
+            setattr(self.counters, key, state["counters"][key])
+        self.predictor_error.load_state_dict(state["predictor_error"])
+        self.last_loss = float(state["last_loss"])
+        self.secant_loss = float(state["secant_loss"])
+        self.secant_off = bool(state["secant_off"])
+        self.slopes = state["slopes"]
+        self.forward_form = bool(state["forward_form"])
+        buffers = list(self.model.buffers()) if self.model is not None else []
+        kept = state["buffers"]
+        self.buffers = (
+            [k.to(b.device) for k, b in zip(kept, buffers, strict=True)]
+            if len(kept) == len(buffers)
+            else []
+        )
+        self.consumed = []
+
+
+def build_run(
+    base: torch.optim.Optimizer,
+    config: HybridConfig,
+    model: nn.Module | None,
+    process_group: Any,
+    components: Components,
+) -> Run:
+    """Put the parts together as the configuration says."""
+    parameters = [p for g in base.param_groups for p in g["params"] if p.requires_grad]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    ops = components.ops or select_ops(config.kernels, device)
+    space = WeightSpace(base, config, ops)
+    collective = build_collective(process_group)
+    shares = reduction_weights(
+        [shard_share(p) for p in parameters], collective.world_size
+    )
+    predictor = components.predictor or build_predictor(
+        config, [p.numel() for p in parameters], [p.ndim for p in parameters]
+    )
+    policy = components.policy or build_policy(
+        config.bandit, config.max_predict_steps, CONTEXT_SIZE
+    )
+    signals = list(components.signals) if components.signals is not None else None
+    return Run(
+        base=base,
+        config=config,
+        model=model,
+        space=space,
+        predictor=predictor,
+        controller=Controller(config, policy),
+        monitor=DivergenceMonitor(config, signals),
+        corrector=components.corrector or build_corrector(config.residual),
+        collective=collective,
+        secant=_secant(config, [local(p) for p in parameters], collective),
+        noise=NoiseMeter(config.secant),
+        sink=MetricsSink(config.metrics_path, keep=config.collect_metrics),
+        shares=shares,
+        enabled=config.enabled,
+    )
+
+
+def _secant(
+    config: HybridConfig, parameters: Sequence[Tensor], collective: Collective
+) -> SecantMover | None:
+    """Secant moves where they fit: one process, one dtype and device, small enough."""
+    if not config.secant.enabled or collective.world_size > 1:
+        return None
+    if not parameters or not SecantMover.supports(parameters):
+        return None
+    copy = sum(p.nbytes for p in parameters)
+    pairs = min(config.secant.pairs, int((config.memory_budget * 2**20 / copy - 5) / 2))
+    return SecantMover(pairs, config.secant) if pairs >= 2 else None

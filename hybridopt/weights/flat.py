@@ -1,0 +1,142 @@
+"""Flat vectors: all parameters as one 1-d tensor, for movers that mix directions.
+
+Order is the order of the list, each tensor in its logical (row-major) order whatever
+its strides are. For small networks only: every flat vector is a full weight copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_flat_", "flatten", "flatten_gradients", "preconditioner", "supports"]
+
+# State keys under which optimizers keep the running mean of squared gradients; the
+# first that is found is used (AMSGrad's maximum is what AMSGrad divides by).
+_SQUARE_KEYS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")
+
+
+def supports(parameters: Sequence[Tensor]) -> bool:
+    """Whether the parameters can be one flat vector: plain dense tensors, all float32
+    or all float64, on one CPU or CUDA device."""
+    if not parameters:
+        return False
+    first = parameters[0]
+    return (
+        first.dtype in (torch.float32, torch.float64)
+        and first.device.type in ("cpu", "cuda")
+        and all(
+            p.dtype == first.dtype
+            and p.device == first.device
+            and p.layout == torch.strided
+            # Sharded tensors: inner products would need a sum over ranks.
+            and not hasattr(p, "to_local")
+            for p in parameters
+        )
+    )
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """A new (n,) tensor with all elements, detached; never a view of the input."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def flatten_gradients(parameters: Sequence[Tensor]) -> Tensor:
+    """A new (n,) tensor with the gradients; zeros where a parameter has none."""
+    return torch.cat(
+        [
+            p.new_zeros(p.numel()) if p.grad is None else p.grad.detach().reshape(-1)
+            for p in parameters
+        ]
+    )
+
+
+@torch.no_grad()
+def add_flat_(tensors: Sequence[Tensor], flat: Tensor, alpha: float = 1.0) -> None:
+    """Add ``alpha`` times a flat vector to the tensors, in place.
+
+    Raises:
+        ValueError: The vector's length is not the number of elements; nothing was
+            written.
+    """
+    sizes = [t.numel() for t in tensors]
+    if flat.numel() != sum(sizes):
+        raise ValueError(
+            f"flat vector of {flat.numel()} elements: must have {sum(sizes)}, the "
+            "number of elements of the tensors. Flatten the same list of tensors."
+        )
+    pieces = [
+        piece.view(t.shape) for piece, t in zip(flat.split(sizes), tensors, strict=True)
+    ]
+    torch._foreach_add_(list(tensors), pieces, alpha=alpha)
+
+
+@torch.no_grad()
+def preconditioner(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
+) -> Tensor:
+    """The diagonal by which the optimizer scales its steps, up to a common factor.
+
+    rate_g / max rate * 1 / (sqrt(v_hat) + eps) with v_hat the bias-corrected running
+    mean of squared gradients (Adam, AdamW, NAdam, RAdam; RMSprop without correction)
+    and ``rate_g`` the learning rate of the parameter's group; without the square root
+    term when some parameter that has a gradient has no such state (SGD). A group with
+    learning rate 0 is 0.
+
+    Args:
+        optimizer: The base; read after its step, not changed.
+        parameters: The list that flat vectors are made of, all of them the base's.
+
+    Returns:
+        (n,) in the parameters' dtype, finite for finite state.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    rates = [float(groups[p]["lr"]) for p in parameters]
+    top = max(rates, default=0.0)
+    ratios = [rate / top if top > 0.0 else 1.0 for rate in rates]
+    squares = [_square(optimizer, p) for p in parameters]
+    if any(v is None and p.grad is not None for v, p in zip(squares, parameters)):
+        squares = [None] * len(squares)
+    scales = [
+        torch.ones_like(p) if v is None else v.to(p.dtype, copy=True)
+        for v, p in zip(squares, parameters)
+    ]
+    adaptive = [i for i, v in enumerate(squares) if v is not None]
+    if adaptive:
+        chosen = [scales[i] for i in adaptive]
+        owners = [parameters[i] for i in adaptive]
+        torch._foreach_div_(
+            chosen, [_correction(optimizer, p, groups[p]) for p in owners]
+        )
+        torch._foreach_sqrt_(chosen)
+        torch._foreach_add_(
+            chosen, [max(float(groups[p].get("eps", 1e-8)), 1e-16) for p in owners]
+        )
+        torch._foreach_reciprocal_(chosen)
+    if min(ratios, default=1.0) < 1.0:
+        torch._foreach_mul_(scales, ratios)
+    return flatten(scales)
+
+
+def _square(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """The optimizer's running mean of squared gradients, if it is kept elementwise."""
+    state = optimizer.state.get(parameter, {})
+    for key in _SQUARE_KEYS:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return value
+    return None
+
+
+def _correction(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, object]
+) -> float:
+    """1 - beta2^t; 1 for optimizers that do not correct the bias."""
+    step = optimizer.state[parameter].get("step")
+    betas = group.get("betas")
+    if step is None or not isinstance(betas, (tuple, list)):
+        return 1.0
+    correction = 1.0 - float(betas[1]) ** float(step)
+    return correction if correction > 0.0 else 1.0
