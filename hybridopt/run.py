@@ -36,7 +36,9 @@ from hybridopt.residuals import build_corrector
 from hybridopt.telemetry import MetricsSink
 from hybridopt.types import StepRecord
 from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
-from hybridopt.weights.local import local, shard_share
+from hybridopt.weights.flat import supports
+from hybridopt.weights.local import shard_share
+from hybridopt.weights.secant import affordable_pairs
 
 __all__ = ["Components", "Counters", "Run", "build_run"]
 
@@ -281,7 +283,7 @@ def build_run(
         monitor=DivergenceMonitor(config, signals),
         corrector=components.corrector or build_corrector(config.residual),
         collective=collective,
-        secant=_secant(config, [local(p) for p in parameters], collective),
+        secant=_secant(config, parameters, collective),
         noise=NoiseMeter(config.secant),
         sink=MetricsSink(config.metrics_path, keep=config.collect_metrics),
         shares=shares,
@@ -293,10 +295,11 @@ def _secant(
     config: HybridConfig, parameters: Sequence[Tensor], collective: Collective
 ) -> SecantMover | None:
     """Secant moves where they fit: one process, one dtype and device, small enough."""
-    if not config.secant.enabled or collective.world_size > 1:
+    if not (config.enabled and config.secant.enabled) or collective.world_size > 1:
         return None
-    if not parameters or not SecantMover.supports(parameters):
+    if not supports(parameters):
         return None
-    copy = sum(p.nbytes for p in parameters)
-    pairs = min(config.secant.pairs, int((config.memory_budget * 2**20 / copy - 5) / 2))
-    return SecantMover(pairs, config.secant) if pairs >= 2 else None
+    size = sum(p.numel() for p in parameters)
+    budget = config.memory_budget * 2**20
+    pairs = affordable_pairs(config.secant, size, parameters[0].itemsize, budget)
+    return SecantMover(pairs, config.secant) if pairs else None

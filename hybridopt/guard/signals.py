@@ -8,17 +8,15 @@ say nothing before they have seen enough. Only NaN and inf need no statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from hybridopt.config import DivergenceConfig, HybridConfig
-from hybridopt.errors import CheckpointError
-from hybridopt.history import Window
+from hybridopt.guard.state import build_window, expect_keys, load_window, mismatch
+from hybridopt.guard.statistics import MIN_OBSERVATIONS, measure_normal, turning_share
 from hybridopt.protocols import Signal
 from hybridopt.types import Level, Observation, SignalReading
 
 __all__ = [
-    "MIN_OBSERVATIONS",
     "GradientExplosion",
     "LossDeviation",
     "NonFinite",
@@ -29,14 +27,9 @@ __all__ = [
     "is_finite",
 ]
 
-MIN_OBSERVATIONS = 8
-"""Accepted observations before a signal that rests on statistics may speak."""
-NOISE_FLOOR = 0.01
-"""Smallest standard deviation, relative to the loss: full-batch losses have hardly any
-noise, and without a floor a rise in the tenth digit would be many sigma."""
 ROUNDING_FLOOR = 1e-10
-"""Smallest standard deviation, relative to the largest loss seen: what is left of a
-perfectly fitted loss is rounding."""
+"""Smallest sigma, relative to the largest loss seen: what is left of a perfectly
+fitted loss is rounding."""
 SPIKE_SIGMA = 3.0
 """Least deviation at which ``divergence_threshold`` counts."""
 EXPLOSION_FACTOR = 3.0
@@ -44,12 +37,13 @@ EXPLOSION_FACTOR = 3.0
 
 
 def is_finite(observation: Observation) -> bool:
-    """Whether loss and gradient are usable; a nan loss alone means 'not known'."""
-    return (
-        observation.finite
-        and math.isfinite(observation.gradient_norm)
-        and not math.isinf(observation.loss)
-    )
+    """Whether loss and gradient are usable.
+
+    A nan loss or norm that comes with ``finite`` is not known rather than broken: the
+    user stepped without a closure, or a validation measured no gradient.
+    """
+    unbounded = math.isinf(observation.loss) or math.isinf(observation.gradient_norm)
+    return observation.finite and not unbounded
 
 
 def default_signals(config: HybridConfig) -> tuple[Signal, ...]:
@@ -70,6 +64,7 @@ class NonFinite:
 
     name = "non_finite"
     every_step = True
+    """The monitor reads it at every step, whatever ``check_interval_steps`` says."""
 
     def read(self, observation: Observation) -> SignalReading:
         """Value 1 when something is not finite, else 0."""
@@ -85,19 +80,15 @@ class NonFinite:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Accepts the empty state and nothing else."""
-        _expect_keys(self.name, state, ())
+        """Accept the empty state; CheckpointError on anything else."""
+        expect_keys(self.name, state, ())
 
 
 class LossDeviation:
     """How many standard deviations the loss lies above its recent level.
 
-    The level is the mean of the newest quarter of the window and sigma the pooled
-    deviation within quarters, so that a falling loss neither shifts the level far nor
-    inflates sigma. Both are taken on the loss and, while it is positive, on its
-    logarithm; the milder of the two counts, since noise that multiplies the loss has
-    a long upper tail. Sigma is at least a third of the largest deviation in the
-    newest quarter: what has just been accepted once is no spike.
+    Level and sigma are those of ``statistics.measure_normal``: free of the trend, so
+    that a falling loss raises no alarm and hides none.
     """
 
     name = "loss_deviation"
@@ -105,31 +96,27 @@ class LossDeviation:
     def __init__(self, config: DivergenceConfig, divergence_threshold: float) -> None:
         self.threshold = config.loss_sigma_threshold
         self.divergence_threshold = divergence_threshold
-        self._window = _window(config)
+        self._window = build_window(config)
         self._largest = 0.0
 
     def read(self, observation: Observation) -> SignalReading:
         """Caution at the threshold, warning at 1.5 times, critical at twice.
 
-        Also critical when a positive level is exceeded by more than
+        Also critical when the loss exceeds a positive level by more than
         ``divergence_threshold`` (relative) and by more than three sigma.
         """
         values, loss = self._window.values, observation.loss
         if len(values) < MIN_OBSERVATIONS or not math.isfinite(loss):
             return SignalReading(self.name, Level.OK, 0.0, self.threshold)
-        level, sigma = _level_and_sigma(values, ROUNDING_FLOOR * self._largest)
-        deviation = (loss - level) / sigma if sigma > 0 else 0.0
-        if min(values) > 0 and loss > level:
-            log_level, log_sigma = _log_level_and_sigma(values)
-            deviation = min(deviation, (math.log(loss) - log_level) / log_sigma)
-        spike = 0 < (1 + self.divergence_threshold) * level < loss
-        if spike and deviation > SPIKE_SIGMA:
+        normal = measure_normal(values, ROUNDING_FLOOR * self._largest)
+        deviation = normal.deviation(loss)
+        doubled = 0 < (1 + self.divergence_threshold) * normal.level < loss
+        if doubled and deviation > SPIKE_SIGMA:
             threshold = min(SPIKE_SIGMA, self.threshold)
             return SignalReading(self.name, Level.CRITICAL, deviation, threshold)
-        bounds = (self.threshold, 1.5 * self.threshold, 2 * self.threshold)
-        return SignalReading(
-            self.name, _level(deviation, bounds), deviation, self.threshold
-        )
+        t = self.threshold
+        level = _graded(deviation, caution=t, warning=1.5 * t, critical=2 * t)
+        return SignalReading(self.name, level, deviation, t)
 
     def absorb(self, observation: Observation) -> None:
         """Add the loss, where it is known."""
@@ -143,9 +130,11 @@ class LossDeviation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; CheckpointError and no change on a mismatch."""
-        _expect_keys(self.name, state, ("window", "largest"))
-        largest = _finite_number(self.name, "largest", state["largest"])
-        _load_window(self.name, self._window, state["window"])
+        expect_keys(self.name, state, ("window", "largest"))
+        largest = state["largest"]
+        if not isinstance(largest, float) or not math.isfinite(largest):
+            raise mismatch(self.name, f"largest={largest!r}: must be a finite number")
+        load_window(self.name, self._window, state["window"])
         self._largest = largest
 
 
@@ -160,7 +149,7 @@ class GradientExplosion:
 
     def __init__(self, config: DivergenceConfig) -> None:
         self.multiplier = config.gradient_norm_multiplier
-        self._window = _window(config)
+        self._window = build_window(config)
 
     def read(self, observation: Observation) -> SignalReading:
         """Warning above the threshold, critical above three times it."""
@@ -168,15 +157,13 @@ class GradientExplosion:
         few = len(self._window) < MIN_OBSERVATIONS
         if few or median <= 0 or not math.isfinite(norm):
             return SignalReading(self.name, Level.OK, 0.0, self.multiplier)
-        ratio = norm / median
         threshold = max(self.multiplier, max(self._window.values) / median)
-        bounds = (math.inf, threshold, EXPLOSION_FACTOR * threshold)
-        if ratio > bounds[1]:
-            return SignalReading(self.name, _level(ratio, bounds), ratio, threshold)
-        return SignalReading(self.name, Level.OK, ratio, threshold)
+        ratio = norm / median
+        level = _graded(ratio, warning=threshold, critical=EXPLOSION_FACTOR * threshold)
+        return SignalReading(self.name, level, ratio, threshold)
 
     def absorb(self, observation: Observation) -> None:
-        """Add the norm."""
+        """Add the norm, where it is known."""
         self._window.add(observation.gradient_norm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,5 +172,127 @@ class GradientExplosion:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; CheckpointError and no change on a mismatch."""
-        _expect_keys(self.name, state, ("window",))
-        _load_window(self.name, self._window, state["window"])
+        expect_keys(self.name, state, ("window",))
+        load_window(self.name, self._window, state["window"])
+
+
+class VanishingGradient:
+    """Gradient norm below a fixed bound: caution, since directions mean nothing."""
+
+    name = "vanishing_gradient"
+
+    def __init__(self, config: DivergenceConfig) -> None:
+        self.threshold = config.vanishing_gradient_threshold
+
+    def read(self, observation: Observation) -> SignalReading:
+        """Caution below the threshold; an unknown norm is not small."""
+        norm = observation.gradient_norm
+        level = Level.CAUTION if norm < self.threshold else Level.OK
+        return SignalReading(self.name, level, norm, self.threshold)
+
+    def absorb(self, observation: Observation) -> None:
+        """Nothing to learn: the bound is absolute."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the judgement needs no history."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accept the empty state; CheckpointError on anything else."""
+        expect_keys(self.name, state, ())
+
+
+class PredictionError:
+    """How far the loss lies above what the predictor expected, in its own sigma.
+
+    Only the bad side counts: a loss lower than expected endangers nothing. An
+    expectation without a positive sigma says nothing. Sigma is at least one percent of
+    the expected loss, since a predictor that claims more would alarm on rounding.
+    """
+
+    name = "prediction_error"
+
+    def __init__(self, config: DivergenceConfig) -> None:
+        self.threshold = config.prediction_error_threshold
+        self._count = 0
+
+    def read(self, observation: Observation) -> SignalReading:
+        """Caution above the threshold, warning above twice it."""
+        expected, sigma = observation.expected_loss, observation.expected_loss_sigma
+        excess = observation.loss - expected
+        known = math.isfinite(excess) and math.isfinite(sigma) and sigma > 0
+        if self._count < MIN_OBSERVATIONS or not known:
+            return SignalReading(self.name, Level.OK, 0.0, self.threshold)
+        error = excess / max(sigma, 0.01 * abs(expected))
+        level = _graded(error, caution=self.threshold, warning=2 * self.threshold)
+        return SignalReading(self.name, level, error, self.threshold)
+
+    def absorb(self, observation: Observation) -> None:
+        """Count the observation; the predictor's first expectations are guesses."""
+        self._count = min(self._count + 1, MIN_OBSERVATIONS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many observations were seen, as far as it matters."""
+        return {"count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; CheckpointError and no change on a mismatch."""
+        expect_keys(self.name, state, ("count",))
+        count = state["count"]
+        if not isinstance(count, int) or not 0 <= count <= MIN_OBSERVATIONS:
+            rule = f"count={count!r}: must be an integer from 0 to {MIN_OBSERVATIONS}"
+            raise mismatch(self.name, rule)
+        self._count = count
+
+
+class Oscillation:
+    """Share of sign changes between successive loss differences over the window.
+
+    Independent noise turns at two places in three; the threshold is raised to what it
+    hardly ever exceeds, so that a short window or plain noise raises no alarm.
+    """
+
+    name = "oscillation"
+
+    def __init__(self, config: DivergenceConfig) -> None:
+        self.threshold = config.oscillation_threshold
+        self._window = build_window(config)
+
+    def read(self, observation: Observation) -> SignalReading:
+        """Caution above the threshold, this observation's loss included."""
+        values, loss = self._window.values, observation.loss
+        if len(values) < MIN_OBSERVATIONS or not math.isfinite(loss):
+            return SignalReading(self.name, Level.OK, 0.0, self.threshold)
+        share, chance = turning_share((*values, loss))
+        threshold = max(self.threshold, chance)
+        return SignalReading(
+            self.name, _graded(share, caution=threshold), share, threshold
+        )
+
+    def absorb(self, observation: Observation) -> None:
+        """Add the loss, where it is known."""
+        self._window.add(observation.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window."""
+        return {"window": self._window.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; CheckpointError and no change on a mismatch."""
+        expect_keys(self.name, state, ("window",))
+        load_window(self.name, self._window, state["window"])
+
+
+def _graded(
+    value: float,
+    *,
+    caution: float = math.inf,
+    warning: float = math.inf,
+    critical: float = math.inf,
+) -> Level:
+    """The worst level whose bound ``value`` exceeds; nan exceeds none."""
+    if value > critical:
+        return Level.CRITICAL
+    if value > warning:
+        return Level.WARNING
+    return Level.CAUTION if value > caution else Level.OK

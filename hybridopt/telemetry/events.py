@@ -20,7 +20,6 @@ import structlog
 from hybridopt.types import Phase
 
 __all__ = [
-    "base_checkpoint_loaded",
     "cache_discarded",
     "checkpoint_loaded",
     "kernels_fallback",
@@ -68,23 +67,15 @@ def mover_changed(step: int, old: str, new: str, reason: str) -> None:
     )
 
 
-def rolled_back(step: int, steps_lost: int, reason: str, count: int = 1) -> None:
-    """Warning: weights and state are those of the last snapshot again.
+def rolled_back(step: int, reason: str, count: int = 1) -> None:
+    """Warning: weights are those behind the last real step again.
 
     Args:
         step: Index of the call to ``step``.
-        steps_lost: Steps made since the snapshot.
         reason: The worst signal in words.
         count: Rollbacks of the run so far, this one included.
     """
-    _emit(
-        _repeated(count),
-        "rolled_back",
-        step=step,
-        steps_lost=steps_lost,
-        reason=reason,
-        count=count,
-    )
+    _emit(_repeated(count), "rolled_back", step=step, reason=reason, count=count)
 
 
 def step_skipped(step: int, reason: str, count: int = 1) -> None:
@@ -98,15 +89,9 @@ def step_skipped(step: int, reason: str, count: int = 1) -> None:
     _emit(_repeated(count), "step_skipped", step=step, reason=reason, count=count)
 
 
-def predictions_paused(step: int, pause_steps: int, reason: str) -> None:
+def predictions_paused(step: int, reason: str) -> None:
     """Warning: rollbacks exceeded their bound, only the base moves for a while."""
-    _emit(
-        logging.WARNING,
-        "predictions_paused",
-        step=step,
-        pause_steps=pause_steps,
-        reason=reason,
-    )
+    _emit(logging.WARNING, "predictions_paused", step=step, reason=reason)
 
 
 def predictions_resumed(step: int) -> None:
@@ -129,16 +114,14 @@ def kernels_fallback(wanted: str, used: str, reason: str) -> None:
     _emit(logging.INFO, "kernels_fallback", wanted=wanted, used=used, reason=reason)
 
 
-def checkpoint_loaded(step: int, phase: Phase, version: int) -> None:
-    """Info: the run continues from a checkpoint of hybridopt's own."""
-    _emit(
-        logging.INFO, "checkpoint_loaded", step=step, phase=phase.value, version=version
-    )
+def checkpoint_loaded(step: int, origin: str) -> None:
+    """Info: the run continues from a checkpoint.
 
-
-def base_checkpoint_loaded() -> None:
-    """Info: the checkpoint was the bare base optimizer's; hybridopt warms up anew."""
-    _emit(logging.INFO, "base_checkpoint_loaded", phase=Phase.WARMUP.value)
+    Args:
+        step: Calls to ``step`` that the checkpoint has seen.
+        origin: The phase that it was saved in, or that it is a bare optimizer's.
+    """
+    _emit(logging.INFO, "checkpoint_loaded", step=step, origin=origin)
 
 
 def cache_discarded(path: str, reason: str) -> None:

@@ -62,7 +62,7 @@ class MetricsSink:
         """Whether records go anywhere; if not, they need not be made for the sink."""
         return self.keep or self.path is not None
 
-    def add(self, record: StepRecord) -> None:
+    def write(self, record: StepRecord) -> None:
         """Take in one record; writes when ``flush_interval`` lines have gathered.
 
         Raises:
@@ -88,7 +88,7 @@ class MetricsSink:
         self._pending.clear()
 
     def close(self) -> None:
-        """Write what is pending. May be called again, and after it ``add`` still works."""
+        """Write what is pending. May be called again, and after it ``write`` still works."""
         self.flush()
 
     def __enter__(self) -> MetricsSink:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = ["add_flat_", "flatten", "flatten_gradients", "preconditioner", "supports"]
 
+_SMALLEST_EPS = 1e-16  # keeps the diagonal finite where an optimizer's eps is 0
 # State keys under which optimizers keep the running mean of squared gradients; the
 # first that is found is used (AMSGrad's maximum is what AMSGrad divides by).
 _SQUARE_KEYS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")
@@ -20,7 +21,8 @@ _SQUARE_KEYS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")
 
 def supports(parameters: Sequence[Tensor]) -> bool:
     """Whether the parameters can be one flat vector: plain dense tensors, all float32
-    or all float64, on one CPU or CUDA device."""
+    or all float64, on one CPU or CUDA device.
+    """
     if not parameters:
         return False
     first = parameters[0]
@@ -68,7 +70,8 @@ def add_flat_(tensors: Sequence[Tensor], flat: Tensor, alpha: float = 1.0) -> No
             "number of elements of the tensors. Flatten the same list of tensors."
         )
     pieces = [
-        piece.view(t.shape) for piece, t in zip(flat.split(sizes), tensors, strict=True)
+        piece.view(t.shape)
+        for piece, t in zip(flat.split_with_sizes(sizes), tensors, strict=True)
     ]
     torch._foreach_add_(list(tensors), pieces, alpha=alpha)
 
@@ -93,31 +96,38 @@ def preconditioner(
         (n,) in the parameters' dtype, finite for finite state.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    squares = [_square(optimizer, p) for p in parameters]
+    if any(
+        v is None and p.grad is not None
+        for v, p in zip(squares, parameters, strict=True)
+    ):
+        squares = [None] * len(squares)
+    flat = flatten(
+        [
+            torch.ones_like(p) if v is None else v.to(p.dtype)
+            for v, p in zip(squares, parameters, strict=True)
+        ]
+    )
+    scales = [
+        (1.0, 0.0) if v is None else _correction(optimizer, p, groups[p])
+        for v, p in zip(squares, parameters, strict=True)
+    ]
     rates = [float(groups[p]["lr"]) for p in parameters]
     top = max(rates, default=0.0)
     ratios = [rate / top if top > 0.0 else 1.0 for rate in rates]
-    squares = [_square(optimizer, p) for p in parameters]
-    if any(v is None and p.grad is not None for v, p in zip(squares, parameters)):
-        squares = [None] * len(squares)
-    scales = [
-        torch.ones_like(p) if v is None else v.to(p.dtype, copy=True)
-        for v, p in zip(squares, parameters)
-    ]
-    adaptive = [i for i, v in enumerate(squares) if v is not None]
-    if adaptive:
-        chosen = [scales[i] for i in adaptive]
-        owners = [parameters[i] for i in adaptive]
-        torch._foreach_div_(
-            chosen, [_correction(optimizer, p, groups[p]) for p in owners]
-        )
-        torch._foreach_sqrt_(chosen)
-        torch._foreach_add_(
-            chosen, [max(float(groups[p].get("eps", 1e-8)), 1e-16) for p in owners]
-        )
-        torch._foreach_reciprocal_(chosen)
+    # One pass over the flat vector when all tensors agree, which is the usual case;
+    # per-tensor passes cost several times as much on small networks.
+    if len(set(scales)) == 1:
+        pieces, scales = [flat], scales[:1]
+    else:
+        pieces = list(flat.split_with_sizes([p.numel() for p in parameters]))
+    for piece, (correction, eps) in zip(pieces, scales, strict=True):
+        piece.div_(correction).sqrt_().add_(eps).reciprocal_()
     if min(ratios, default=1.0) < 1.0:
-        torch._foreach_mul_(scales, ratios)
-    return flatten(scales)
+        split = flat.split_with_sizes([p.numel() for p in parameters])
+        for piece, ratio in zip(split, ratios, strict=True):
+            piece.mul_(ratio)
+    return flat
 
 
 def _square(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
@@ -132,11 +142,13 @@ def _square(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | Non
 
 def _correction(
     optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, object]
-) -> float:
-    """1 - beta2^t; 1 for optimizers that do not correct the bias."""
+) -> tuple[float, float]:
+    """1 - beta2^t (1 for optimizers that do not correct the bias) and epsilon."""
+    eps = group.get("eps")
+    eps = max(float(eps), _SMALLEST_EPS) if isinstance(eps, (int, float)) else 1e-8
     step = optimizer.state[parameter].get("step")
     betas = group.get("betas")
     if step is None or not isinstance(betas, (tuple, list)):
-        return 1.0
+        return 1.0, eps
     correction = 1.0 - float(betas[1]) ** float(step)
-    return correction if correction > 0.0 else 1.0
+    return (correction if correction > 0.0 else 1.0), eps

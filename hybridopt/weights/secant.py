@@ -243,9 +243,7 @@ class SecantMover:
 
     def _pairs_for(self, like: Tensor) -> PairMemory:
         if self._memory is None:
-            self._memory = PairMemory(
-                self.pairs, like.numel(), like.dtype, like.device
-            )
+            self._memory = PairMemory(self.pairs, like.numel(), like.dtype, like.device)
         return self._memory
 
     def state_dict(self) -> dict[str, Any]:

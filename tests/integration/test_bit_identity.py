@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_train_off_continues_as_the_bare_base(name):
     opt.train_off()
     bare = wrapped.twin()
     base = BASES[name](list(bare.model.parameters()))
-    base.load_state_dict(opt.state_dict())
+    base.load_state_dict(copy.deepcopy(opt.state_dict()))
     train(wrapped, opt, 20, start=50)
     for i in range(50, 70):
         base.zero_grad()

@@ -126,13 +126,15 @@ def test_bare_checkpoint_starts_in_warmup():
         base.step()
     saved = copy.deepcopy(base.state_dict())
     kept = copy.deepcopy(saved)
-    opt = _build(problem.twin())
+    twin = problem.twin()
+    opt = _build(twin)
     opt.load_state_dict(saved)
     assert opt.phase is Phase.WARMUP
     assert saved["param_groups"] == kept["param_groups"]
     for key, entry in kept["state"].items():
         assert_same_bits(list(entry.values()), list(saved["state"][key].values()))
-    train(problem, opt, 40)
+    train(twin, opt, 40)
+    assert opt.statistics()["steps"] == 40
 
 
 def test_checkpoint_of_a_never_stepped_optimizer_loads():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridopt import HybridPredictOptimizer
-from hybridopt.config import Prior
+from hybridopt.config import GainConfig, Prior
 from hybridopt.errors import ClosureError, RecoveryAction
 from tests.problems import BASES, assert_same_bits, regression, train
 
@@ -56,12 +56,9 @@ def _finite(problem, opt):
 )
 @settings(max_examples=25, deadline=None)
 def test_rollback_is_bit_exact_whatever_happens(seed, faults, name, initial):
-    from hybridopt.config import GainConfig
-
     problem = regression(seed, batches=64, batch_norm=True)
     opt = _build(problem, name, gain=GainConfig(initial=initial))
     faulty = dict(faults)
-    behind = None  # weights, base state, buffers behind the last real base step
     for i in range(70):
         kind = faulty.get(i)
 
@@ -74,19 +71,12 @@ def test_rollback_is_bit_exact_whatever_happens(seed, faults, name, initial):
                     return loss + float("inf")
                 case "huge_loss":
                     return loss * 1e6
-                case "nan_grad":
-                    weight = next(problem.model.parameters())
-                    weight.register_hook(lambda g: g * float("nan")).__class__
-                    return loss
             return loss
 
         handles = []
         if kind == "nan_grad":
             weight = next(problem.model.parameters())
             handles.append(weight.register_hook(lambda g: g * float("nan")))
-
-            def closure(i=i):
-                return problem.loss(i)
 
         moved = opt.run.space.moved
         anchored = opt.run.space.anchored
@@ -111,8 +101,7 @@ def test_rollback_is_bit_exact_whatever_happens(seed, faults, name, initial):
             assert_same_bits(before_base, _base_state(opt))
         assert all(bool(torch.isfinite(w).all()) for w in problem.weights())
         assert all(bool(torch.isfinite(t).all()) for t in _base_state(opt))
-        behind = record
-    assert behind is not None
+    assert opt.statistics()["steps"] == 70
 
 
 @pytest.mark.parametrize("when", range(0, 40, 3))

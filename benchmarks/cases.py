@@ -1,0 +1,273 @@
+"""Every benchmark case: its task, its rate, its class in the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from benchmarks.arms import Setup
+from benchmarks.schedules import Schedule
+from benchmarks.tasks.base import Scale, Setting, TaskUnavailableError
+
+__all__ = ["BUDGETS", "CASES", "Case", "Family", "select"]
+
+BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Lengths of the bare base's runs, in the case's own scheduled steps."""
+
+Family = Literal[
+    "fine-tuning, conservative",
+    "fine-tuning, 1e-4",
+    "fine-tuning, 3e-4",
+    "fine-tuning, tuned",
+    "smooth, default rate",
+    "smooth, tuned rate",
+    "stochastic, rate 10x too low",
+    "stochastic, tuned",
+    "controls",
+    "other bases",
+]
+Maker = Callable[[Setting], Any]
+Rates = dict[Scale, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    name: str
+    family: Family
+    make: Maker
+    """Builds the task; imports its module only then."""
+    rates: Rates
+    """Learning rate per scale."""
+    tuned: Rates
+    """Best rate of the bare base at this case's length, per scale."""
+    steps: dict[Scale, int]
+    """N, scheduled steps of the case."""
+    schedule: Schedule = "linear"
+    base: Literal["adamw", "adam", "muon"] = "adamw"
+    mode: Literal["schedule", "target"] = "schedule"
+    """schedule: judged on the curve of base runs of several lengths; target: by the
+    cost to reach the loss that the base has after N steps at a constant rate."""
+    headline: float = 1.0
+    """Length, in N, of the arms' run that the class mean uses. Fixed beforehand: a
+    quarter where speedups of up to 16x must be measurable inside the base's 4 N."""
+    scales: tuple[Scale, ...] = ("quick", "full", "gpu")
+
+    def setup(self, scale: Scale, fraction: float, *, tuned: bool = False) -> Setup:
+        """What a run of ``fraction`` N steps is asked to do."""
+        rate = (self.tuned if tuned else self.rates)[scale]
+        steps = max(1, round(self.steps[scale] * fraction))
+        return Setup(steps, rate, self.schedule, self.base)
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Lengths at which arms other than the base run, in N."""
+        return (self.headline, 1.0) if self.headline != 1.0 else (1.0,)
+
+
+def _same(rate: float) -> Rates:
+    return {"quick": rate, "full": rate, "gpu": rate}
+
+
+def _scaled(rates: Rates, by: float) -> Rates:
+    return {scale: rate * by for scale, rate in rates.items()}
+
+
+def _finetune(setting: Setting, *, size: str | None = None) -> Any:
+    from benchmarks.tasks import finetune_gpt
+
+    return finetune_gpt.make(setting, size=size)
+
+
+def _lora(setting: Setting) -> Any:
+    from benchmarks.tasks import finetune_gpt
+
+    return finetune_gpt.make_lora(setting)
+
+
+def _pretrain(setting: Setting, *, size: str | None = None) -> Any:
+    from benchmarks.tasks import pretrain_gpt
+
+    return pretrain_gpt.make(setting, size=size)
+
+
+def _module(setting: Setting, *, module: str, maker: str = "make") -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(f"benchmarks.tasks.{module}"), maker)(setting)
+
+
+def _smooth(setting: Setting, *, name: str) -> Any:
+    from benchmarks.tasks import smooth
+
+    if setting.device != "cpu":
+        raise TaskUnavailableError(f"{name}: smooth problems run on the CPU only.")
+    try:
+        return smooth.make(name, setting.seed)
+    except ImportError as missing:
+        raise TaskUnavailableError(f"{name}: {missing}. pip install it.") from None
+
+
+_GPT_TUNED: Rates = {"quick": 3e-3, "full": 2e-3, "gpu": 1e-3}
+_FINETUNE_STEPS: dict[Scale, int] = {"quick": 400, "full": 400, "gpu": 400}
+_LORA_TUNED: Rates = {"quick": 1e-2, "full": 1e-2, "gpu": 3e-3}
+_MINILM_STEPS: dict[Scale, int] = {"quick": 48, "full": 200, "gpu": 400}
+_RATED: tuple[tuple[str, Family, float | None, float], ...] = (
+    ("3e-5", "fine-tuning, conservative", 3e-5, 0.25),
+    ("1e-4", "fine-tuning, 1e-4", 1e-4, 0.25),
+    ("3e-4", "fine-tuning, 3e-4", 3e-4, 0.5),
+    ("tuned", "fine-tuning, tuned", None, 1.0),
+)
+
+
+def _finetuning() -> list[Case]:
+    def rated(
+        name: str, make: Maker, tuned: Rates, steps: dict[Scale, int], **more: Any
+    ) -> list[Case]:
+        return [
+            Case(
+                f"{name}-{label}",
+                family,
+                make,
+                tuned if rate is None else _same(rate),
+                tuned,
+                steps,
+                headline=headline,
+                **more,
+            )
+            for label, family, rate, headline in _RATED
+        ]
+
+    minilm = partial(_module, module="minilm")
+    big = partial(_finetune, size="124m")
+    return [
+        *rated("finetune", _finetune, _GPT_TUNED, _FINETUNE_STEPS),
+        *rated("lora", _lora, _LORA_TUNED, _FINETUNE_STEPS),
+        *rated("minilm", minilm, _same(2e-4), _MINILM_STEPS),
+        *rated("finetune-124m", big, _same(3e-4), _FINETUNE_STEPS, scales=("gpu",)),
+    ]
+
+
+_SMOOTH_TUNED = {
+    "poisson": 1e-2,
+    "heat": 1e-2,
+    "siren": 3e-3,
+    "mlp_full": 1e-2,
+    "logreg_full": 1e-1,
+    "ae_full": 1e-2,
+    "water": 1e-2,
+}
+
+
+def _smooth_cases() -> list[Case]:
+    cases = []
+    for name, rate in _SMOOTH_TUNED.items():
+        default = Case(
+            f"smooth-{name}-default",
+            "smooth, default rate",
+            partial(_smooth, name=name),
+            _same(1e-3),
+            _same(rate),
+            {"quick": 4000, "full": 4000, "gpu": 4000},
+            schedule="constant",
+            base="adam",
+            mode="target",
+            scales=("quick", "full"),
+        )
+        tuned = replace(
+            default,
+            name=f"smooth-{name}-tuned",
+            family="smooth, tuned rate",
+            rates=_same(rate),
+        )
+        cases += [default, tuned]
+    return cases
+
+
+def _stochastic() -> list[Case]:
+    gpt: dict[Scale, int] = {"quick": 400, "full": 800, "gpu": 800}
+    conv: dict[Scale, int] = {"quick": 300, "full": 1000, "gpu": 1500}
+    table: dict[Scale, int] = {"quick": 500, "full": 1500, "gpu": 1500}
+    convnet = partial(_module, module="convnet")
+    tabular = partial(_module, module="tabular")
+    big = partial(_pretrain, size="124m")
+    family: Family = "stochastic, tuned"
+    tuned = [
+        Case("pretrain-wsd", family, _pretrain, _GPT_TUNED, _GPT_TUNED, gpt, "wsd"),
+        Case("pretrain-cosine", family, _pretrain, _GPT_TUNED, _GPT_TUNED, gpt, "cosine"),
+        Case("convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine"),
+        Case("tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine"),
+        Case(
+            "pretrain-124m", family, big, _same(6e-4), _same(6e-4), gpt, "wsd",
+            scales=("gpu",),
+        ),
+    ]  # fmt: skip
+    low = [
+        replace(
+            case,
+            name=f"{case.name}-low",
+            family="stochastic, rate 10x too low",
+            rates=_scaled(case.tuned, 0.1),
+        )
+        for case in tuned
+    ]
+    muon: Rates = {"quick": 1e-2, "full": 5e-3, "gpu": 3e-3}
+    other = Case(
+        "pretrain-muon", "other bases", _pretrain, muon, muon, gpt, "wsd", base="muon"
+    )
+    return [*tuned, *low, other]
+
+
+def _controls() -> list[Case]:
+    steps: dict[Scale, int] = {"quick": 1000, "full": 2000, "gpu": 2000}
+
+    def control(name: str, rate: float, schedule: Schedule, base: str) -> Case:
+        make = partial(_module, module="controls", maker=f"make_{name}")
+        return Case(
+            f"control-{name.replace('_', '-')}",
+            "controls",
+            make,
+            _same(rate),
+            _same(rate),
+            steps,
+            schedule,
+            base,  # type: ignore[arg-type]
+        )
+
+    return [
+        control("tiny_batch", 1e-2, "linear", "adam"),
+        control("label_noise", 3e-3, "linear", "adam"),
+        control("jump", 3e-3, "constant", "adam"),
+        control("minimax", 1e-2, "linear", "adam"),
+    ]
+
+
+CASES = {
+    case.name: case
+    for case in (*_finetuning(), *_smooth_cases(), *_stochastic(), *_controls())
+}
+
+
+def select(patterns: list[str], scale: Scale) -> list[Case]:
+    """Cases of a scale whose name or family contains one of the patterns.
+
+    Raises:
+        ValueError: A pattern that matches nothing.
+    """
+    known = [case for case in CASES.values() if scale in case.scales]
+    if not patterns:
+        return known
+    for pattern in patterns:
+        if not any(pattern in c.name or pattern in c.family for c in known):
+            names = ", ".join(c.name for c in known)
+            raise ValueError(f"case {pattern!r}: matches nothing. Cases: {names}.")
+    exact = [c for c in known if c.name in patterns]
+    partial_patterns = [p for p in patterns if p not in CASES]
+    return exact + [
+        c
+        for c in known
+        if c not in exact and any(p in c.name or p in c.family for p in partial_patterns)
+    ]
