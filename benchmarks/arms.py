@@ -37,9 +37,7 @@ class Setup:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self.base == "adam":
             return torch.optim.Adam(parameters, lr=self.lr)
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, weight_decay=self.weight_decay
-        )
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
         """The schedule over N steps, driving ``optimizer``."""
@@ -115,7 +113,7 @@ def _bare(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
 
 
 def _hybrid(*, filtered: bool = False, **overrides: Any) -> Build:
-    """hybridopt with its one default configuration, less the named changes."""
+    """Hybridopt with its one default configuration, less the named changes."""
 
     def build(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
         # Imported here: peers and statistics must work without the package's core.
@@ -213,7 +211,9 @@ def _hybrid_arm(name: str, field: str, kind: str) -> Arm:
 
 BASE = Arm("base", _bare)
 HYBRID = Arm("hybrid", _hybrid())
-FILTERED = Arm("hybrid:filtered", _hybrid(filtered=True), changes=("evaluation_weights",))
+FILTERED = Arm(
+    "hybrid:filtered", _hybrid(filtered=True), changes=("evaluation_weights",)
+)
 
 ABLATIONS = (
     _hybrid_arm("prior", "predictor", "Prior"),

@@ -195,9 +195,10 @@ def _stochastic() -> list[Case]:
     tabular = partial(_module, module="tabular")
     big = partial(_pretrain, size="124m")
     family: Family = "stochastic, tuned"
+    rates = _GPT_TUNED
     tuned = [
-        Case("pretrain-wsd", family, _pretrain, _GPT_TUNED, _GPT_TUNED, gpt, "wsd"),
-        Case("pretrain-cosine", family, _pretrain, _GPT_TUNED, _GPT_TUNED, gpt, "cosine"),
+        Case("pretrain-wsd", family, _pretrain, rates, rates, gpt, "wsd"),
+        Case("pretrain-cosine", family, _pretrain, rates, rates, gpt, "cosine"),
         Case("convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine"),
         Case("tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine"),
         Case(
@@ -269,5 +270,6 @@ def select(patterns: list[str], scale: Scale) -> list[Case]:
     return exact + [
         c
         for c in known
-        if c not in exact and any(p in c.name or p in c.family for p in partial_patterns)
+        if c not in exact
+        and any(p in c.name or p in c.family for p in partial_patterns)
     ]

@@ -110,7 +110,9 @@ def iso_loss_speedup(
     """
     count = len(arm)
     if any(len(row) != count for row in baseline):
-        raise ValueError("baseline and arm: must have the same seeds in the same order.")
+        raise ValueError(
+            "baseline and arm: must have the same seeds in the same order."
+        )
 
     def estimate(chosen: Sequence[int]) -> tuple[float, Bound]:
         curve = [_mean([row[i] for i in chosen]) for row in baseline]

@@ -171,7 +171,8 @@ def _full_batch(task: Task) -> bool:
 
 def _loss(task: Task, stepper: Stepper) -> float:
     """What arms are compared by: held-out loss; on full-batch problems, which are
-    optimization problems, the training loss itself."""
+    optimization problems, the training loss itself.
+    """
     with stepper.evaluation():
         if not _full_batch(task):
             return task.evaluate()

@@ -97,7 +97,8 @@ class _Worker:
 
     def warm_up(self) -> None:
         """Build the task and make a few steps, so that the first timed run does not pay
-        for lazy initialization and caches."""
+        for lazy initialization and caches.
+        """
         self._run(ARMS["base"], 0, 0.0, Limits(evaluations=1), steps=3)
 
     def schedule(self, seed: int):  # type: ignore[no-untyped-def]

@@ -175,7 +175,7 @@ class ClassFigures:
 
     @property
     def verdict(self) -> str:
-        """pass or fail against the class's target, by wall time; '-' without one."""
+        """Pass or fail against the class's target, by wall time; '-' without one."""
         if self.target is None:
             return "-"
         enough = self.wall.value >= self.target.must and self.wall.bound != "at_most"
@@ -226,7 +226,9 @@ class SameSteps:
     @property
     def verdict(self) -> str:
         """At least 80 % fewer backwards at no higher loss."""
-        return "pass" if self.reduction >= 0.8 and self.loss <= self.base_loss else "fail"
+        return (
+            "pass" if self.reduction >= 0.8 and self.loss <= self.base_loss else "fail"
+        )
 
 
 def same_steps(results: Sequence[CaseResult]) -> dict[str, SameSteps]:

@@ -89,6 +89,7 @@ class HybridPredictOptimizer(Optimizer):
         self._model = model
         self._process_group = process_group
         self._components = components or Components()
+        self._replays = _requires_closure(base)
         self._run = build_run(base, config, model, process_group, self._components)
         if config.enabled:
             for group in base.param_groups:
@@ -156,7 +157,7 @@ class HybridPredictOptimizer(Optimizer):
     ) -> Callable[[], Any]:
         """The base's step; bases that insist on a closure get one that replays."""
         base = self.base
-        if not _requires_closure(base) or closure is None:
+        if not self._replays or closure is None:
             return base.step
         first = [True]
 

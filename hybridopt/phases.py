@@ -90,6 +90,7 @@ def predicted_step(run: Run) -> Done:
     controller = run.controller
     plan, move = controller.plan, controller.move
     assert move is not None
+    run.space.refresh()
     rates = run.rates()
     finite = run.space.move(controller.scaled(rates), 1.0 / plan.horizon)
     run.clear_gradients()
@@ -128,6 +129,7 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
     controller, move = run.controller, run.controller.move
     assert run.model is not None
     assert move is not None
+    run.space.refresh()
     started = time.perf_counter()
     loss = forward_only(closure, run.model)
     run.counters.closure_s += time.perf_counter() - started
@@ -196,6 +198,7 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
 
 def _observe(run: Run, loss: Tensor | float | None) -> Observation:
     """One pass over the gradient, summed over ranks: what every rank then decides by."""
+    run.space.refresh()
     reading = run.space.observe(loss)
     local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
     count = run.collective.world_size

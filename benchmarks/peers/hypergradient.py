@@ -46,7 +46,8 @@ class Hypergradient(PeerOptimizer):
 
     def _alignment(self, update: list[Tensor]) -> Tensor:
         """(L,) cosine of -g with the last update; one shared value unless
-        ``per_tensor``. A tensor without a gradient counts as orthogonal."""
+        ``per_tensor``. A tensor without a gradient counts as orthogonal.
+        """
         pairs = [
             (torch.zeros_like(u) if p.grad is None else p.grad, u)
             for p, u in zip(self.tensors, update, strict=True)

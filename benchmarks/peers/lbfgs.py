@@ -39,13 +39,13 @@ class IteratedLBFGS:
 
         def cached() -> Tensor:
             weights = torch.cat([p.detach().reshape(-1) for p in self.tensors])
-            for known, loss, gradient in remembered:
-                if torch.equal(known, weights):
-                    self._set_gradient(gradient)
-                    break
-            else:
+            known = next((p for p in remembered if torch.equal(p[0], weights)), None)
+            if known is None:
                 loss = closure().detach()
                 gradient = torch.cat([_grad(p).reshape(-1) for p in self.tensors])
+            else:
+                _, loss, gradient = known
+                self._set_gradient(gradient)
             self._points.append((weights, loss, gradient))
             return loss
 

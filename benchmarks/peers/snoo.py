@@ -21,7 +21,12 @@ class SNOO(PeerOptimizer):
     """
 
     def __init__(
-        self, base: Optimizer, *, k: int = 28, rate: float = 0.68, momentum: float = 0.37
+        self,
+        base: Optimizer,
+        *,
+        k: int = 28,
+        rate: float = 0.68,
+        momentum: float = 0.37,
     ) -> None:
         super().__init__(base)
         self.k, self.rate, self.momentum, self.count = k, rate, momentum, 0

@@ -93,7 +93,9 @@ class EpochOrder:
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
         if not 0 < batch <= size:
-            raise ValueError(f"batch={batch}: must be in 1..{size}, the data set's size.")
+            raise ValueError(
+                f"batch={batch}: must be in 1..{size}, the data set's size."
+            )
         self.per_epoch, self.batch = size // batch, batch
 
         @lru_cache(maxsize=2)

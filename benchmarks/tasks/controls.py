@@ -126,7 +126,8 @@ class Game(nn.Module):
 def make_minimax(setting: Setting) -> BatchTask[Tensor]:
     """A noisy two-player game: the gradient field turns, and its loss is no measure of
     progress, as with generative adversarial networks. Judged by the mean squared
-    distance from the equilibrium."""
+    distance from the equilibrium.
+    """
     size = 32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)

@@ -117,8 +117,8 @@ def fashion_mnist(folder: Path) -> Split:
         path = _idx(folder, name)
         if path is None:
             raise TaskUnavailableError(
-                f"{folder}: no {name}-idx?-ubyte.gz below it. Unpack the Debian package "
-                "dataset-fashion-mnist there."
+                f"{folder}: no {name}-idx?-ubyte.gz below it. Unpack the Debian "
+                "package dataset-fashion-mnist there."
             )
         raw = bytearray(gzip.decompress(path.read_bytes())[header:])
         return torch.frombuffer(raw, dtype=torch.uint8)

@@ -35,7 +35,8 @@ def cache_folder() -> Path:
 
 def pretrained(name: str, setting: Setting) -> dict[str, Tensor]:
     """Weights of the size after pretraining on Python's source, from the cache or made
-    now (tuned rate, WSD, AdamW)."""
+    now (tuned rate, WSD, AdamW).
+    """
     steps, rate = _PRETRAIN_STEPS[name], _PRETRAIN_RATE[name]
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     path = cache_folder() / f"gpt-{name}-{python}-{setting.device}-{steps}.pt"

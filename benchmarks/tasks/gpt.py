@@ -111,7 +111,9 @@ def gpt_task(
     """Next-byte prediction on random windows of a corpus."""
     length = size.context + 1
     train = corpus.train.to(setting.device)
-    held_out = held_out_windows(corpus.held_out.to(setting.device), size.held_out, length)
+    held_out = held_out_windows(
+        corpus.held_out.to(setting.device), size.held_out, length
+    )
 
     def batch(index: int) -> Tensor:
         generator = batch_generator(setting.seed, index)

@@ -122,7 +122,7 @@ class DivergenceMonitor:
         return self._cooldown == 0 and step >= self._paused_until
 
     def real_step(self) -> None:
-        """Count one real step, before ``may_predict`` is asked about the move behind it."""
+        """Count one real step, before the move behind it is asked about."""
         self._cooldown = max(self._cooldown - 1, 0)
 
     def state_dict(self) -> dict[str, Any]:

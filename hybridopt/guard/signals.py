@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridopt.config import DivergenceConfig, HybridConfig
 from hybridopt.guard.state import build_window, expect_keys, load_window, mismatch
-from hybridopt.guard.statistics import MIN_OBSERVATIONS, measure_normal, turning_share
+from hybridopt.guard.statistics import MIN_OBSERVATIONS, measure_rise, turning_share
 from hybridopt.protocols import Signal
 from hybridopt.types import Level, Observation, SignalReading
 
@@ -87,7 +87,7 @@ class NonFinite:
 class LossDeviation:
     """How many standard deviations the loss lies above its recent level.
 
-    Level and sigma are those of ``statistics.measure_normal``: free of the trend, so
+    Level and sigma are those of ``statistics.measure_rise``: free of the trend, so
     that a falling loss raises no alarm and hides none.
     """
 
@@ -108,9 +108,9 @@ class LossDeviation:
         values, loss = self._window.values, observation.loss
         if len(values) < MIN_OBSERVATIONS or not math.isfinite(loss):
             return SignalReading(self.name, Level.OK, 0.0, self.threshold)
-        normal = measure_normal(values, ROUNDING_FLOOR * self._largest)
-        deviation = normal.deviation(loss)
-        doubled = 0 < (1 + self.divergence_threshold) * normal.level < loss
+        floor = ROUNDING_FLOOR * self._largest
+        normal, deviation = measure_rise(loss, values, floor)
+        doubled = 0 < (1 + self.divergence_threshold) * normal < loss
         if doubled and deviation > SPIKE_SIGMA:
             threshold = min(SPIKE_SIGMA, self.threshold)
             return SignalReading(self.name, Level.CRITICAL, deviation, threshold)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-__all__ = ["MIN_OBSERVATIONS", "Normal", "measure_normal", "turning_share"]
+__all__ = ["MIN_OBSERVATIONS", "measure_rise", "turning_share"]
 
 MIN_OBSERVATIONS = 8
 """Accepted observations before a signal that rests on statistics may speak."""
@@ -17,48 +16,38 @@ without a floor a rise in the tenth digit would be many sigma."""
 PEAK_SIGMA = 3.0
 """Deviation in sigma that the largest recent value has at most: what was accepted
 lately is no spike when it comes back."""
+NOTABLE_SIGMA = 2.0
+"""Linear rise below which the logarithmic reading is not worth its time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Normal:
-    """Where a series has been lately and how much it scatters, in its own unit."""
+def measure_rise(
+    value: float, values: Sequence[float], floor: float
+) -> tuple[float, float]:
+    """How far a value lies above the recent level of a series that may have a trend.
 
-    level: float
-    sigma: float
-    log_level: float
-    """Level of the logarithm; nan unless all values are positive."""
-    log_sigma: float
-    """Sigma of the logarithm, no unit; nan unless all values are positive."""
-
-    def deviation(self, value: float) -> float:
-        """How many sigma ``value`` lies above the level; 0 when nothing is known.
-
-        The milder of the linear and the logarithmic reading: noise that multiplies a
-        positive loss has a long upper tail that the linear reading takes for a spike.
-        """
-        if not self.sigma > 0:
-            return 0.0
-        linear = (value - self.level) / self.sigma
-        if linear <= 0 or not self.log_sigma > 0:
-            return linear
-        return min(linear, (math.log(value) - self.log_level) / self.log_sigma)
-
-
-def measure_normal(values: Sequence[float], floor: float) -> Normal:
-    """Level and noise of the newest values of a series that may have a trend.
+    Level and sigma are taken within blocks (``_level_and_sigma``), so a falling series
+    neither raises an alarm nor hides one. Noise that multiplies a positive series has
+    a long upper tail that a linear reading takes for spikes: where the linear reading
+    is large, the same is done with logarithms and the milder reading counts.
 
     Args:
+        value: The new value, not yet in ``values``; finite.
         values: At least ``MIN_OBSERVATIONS``, finite, oldest first.
         floor: Smallest sigma in the unit of the values.
+
+    Returns:
+        The level, in the unit of the values, and the rise above it in sigma.
     """
     size = max(MIN_OBSERVATIONS, len(values) // 4)
     level, sigma = _level_and_sigma(values, size)
     scale = sum(abs(v) for v in values[-size:]) / size
     sigma = max(sigma, RELATIVE_FLOOR * scale, floor)
-    if min(values) <= 0:
-        return Normal(level, sigma, math.nan, math.nan)
+    rise = (value - level) / sigma if sigma > 0 else 0.0
+    if rise < NOTABLE_SIGMA or min(values) <= 0:
+        return level, rise
     log_level, log_sigma = _level_and_sigma([math.log(v) for v in values], size)
-    return Normal(level, sigma, log_level, max(log_sigma, RELATIVE_FLOOR))
+    log_rise = (math.log(value) - log_level) / max(log_sigma, RELATIVE_FLOOR)
+    return level, min(rise, log_rise)
 
 
 def _level_and_sigma(values: Sequence[float], size: int) -> tuple[float, float]:
@@ -68,19 +57,19 @@ def _level_and_sigma(values: Sequence[float], size: int) -> tuple[float, float]:
     keeps a level close to its end and a sigma that is noise. Sigma covers the noise of
     a new value and that of the level.
     """
-    square, count, end = 0.0, 0, len(values)
-    level = math.nan
+    square, peak, count, end = 0.0, 0.0, 0, len(values)
+    newest = math.nan
     while end >= size:
         block = values[end - size : end]
         mean = sum(block) / size
-        square += sum((v - mean) * (v - mean) for v in block)
-        count += size - 1
         if end == len(values):
-            level = mean
+            newest = mean
+        square += sum((v - mean) * (v - mean) for v in block)
+        peak = max(peak, max(block) - mean)
+        count += size - 1
         end -= size
     sigma = math.sqrt(square / count * (1.0 + 1.0 / size))
-    peak = max(values[-2 * size :]) - level
-    return level, max(sigma, peak / PEAK_SIGMA)
+    return newest, max(sigma, peak / PEAK_SIGMA)
 
 
 def turning_share(values: Sequence[float]) -> tuple[float, float]:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-__all__ = ["local", "same_kind", "shard_share"]
+__all__ = ["local", "shard_share"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The local shard, detached, complex numbers as pairs; writes reach the original.
+    """The local shard, complex numbers as pairs; writes reach the original.
 
-    A shard may be empty; it still takes part in every collective.
+    A shard may be empty; it still takes part in every collective. To be used under
+    ``no_grad`` only: a plain tensor is returned as it is, because a detached alias per
+    parameter and step would cost more than the arithmetic on small models.
     """
-    shard = getattr(tensor, "_local_tensor", None)
-    plain = tensor.detach() if shard is None else shard.detach()
-    return torch.view_as_real(plain) if plain.is_complex() else plain
-
-
-def same_kind(parameters: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:
-    """Group ``rows`` by the device and dtype of their parameters, order kept."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for parameter, row in zip(parameters, rows, strict=True):
-        kinds.setdefault((parameter.device, parameter.dtype), []).append(row)
-    return list(kinds.values())
+    plain = getattr(tensor, "_local_tensor", tensor)
+    return torch.view_as_real(plain.detach()) if plain.is_complex() else plain
 
 
 def shard_share(tensor: Tensor) -> float:

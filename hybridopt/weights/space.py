@@ -9,9 +9,9 @@ neither s nor v changes with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from hybridopt.config import HybridConfig
 from hybridopt.errors import ConfigError
 from hybridopt.protocols import Ops
-from hybridopt.types import BASIS_SIZE, LAG, STEP
-from hybridopt.weights.local import local, same_kind
+from hybridopt.types import BASIS_SIZE
+from hybridopt.weights.local import local
 
 __all__ = ["ANCHOR", "KEYS", "Reading", "WeightSpace"]
 
@@ -69,6 +69,11 @@ class WeightSpace:
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
         self._slopes: list[tuple[list[int], Tensor]] = []
+        self._buckets: list[_Bucket] | None = None
+
+    def refresh(self) -> None:
+        """Look parameters, gradients and state up anew; call once per step."""
+        self._buckets = None
 
     # -- what there is -------------------------------------------------------------
 
@@ -125,6 +130,7 @@ class WeightSpace:
                 state[STEP_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
                 if not self.low_memory:
                     state[LAG_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
+        self.refresh()
 
     def complete(self) -> bool:
         """Whether every parameter that has a gradient has its hybrid tensors."""
@@ -134,8 +140,8 @@ class WeightSpace:
         """Start over from the weights as they are: no displacement, no drift."""
         self.allocate()
         with torch.no_grad():
-            for group in self._groups():
-                torch._foreach_zero_([*group.steps, *group.lags])
+            for bucket in self._tracked_buckets():
+                torch._foreach_zero_([*bucket.steps, *bucket.lags])
         self._slopes = []
         self.anchored = False
         self.moved = False
@@ -163,92 +169,78 @@ class WeightSpace:
 
         Reads everything, writes nothing.
         """
-        parameters = self.parameters()
+        size = sum(len(b.rows) for b in self._all())
+        pending = self._slopes
         width = 1 + 2 * BASIS_SIZE
-        statistics = torch.zeros(len(parameters), width, dtype=torch.float64)
-        transfers: list[tuple[list[int], Tensor]] = []
-        for rows in self._rows(parameters, gradient=True):
-            gradients = [_gradient(parameters[i], i) for i in rows]
-            basis = self._group([parameters[i] for i in rows]).basis
-            transfers.append((rows, self.ops.observe(gradients, basis)))
-        for rows in self._rows(parameters, gradient=True, tracked=False):
-            gradients = [_gradient(parameters[i], i) for i in rows]
-            transfers.append((rows, self.ops.observe(gradients, [])))
-        host_loss, extra = float("nan"), None
-        if isinstance(loss, Tensor):
-            extra = loss.detach().reshape(1)
-        elif loss is not None:
-            host_loss = float(loss)
-        slopes = torch.zeros(len(parameters), dtype=torch.float64)
-        pending = dict(enumerate(self._slopes))
-        for index, (rows, values) in enumerate(transfers):
+        statistics = torch.zeros(size, width, dtype=torch.float64)
+        slopes = torch.zeros(size, dtype=torch.float64)
+        host_loss = float(loss) if isinstance(loss, (int, float)) else float("nan")
+        extra = loss.detach().reshape(1) if isinstance(loss, Tensor) else None
+        for bucket in self._all():
+            if not bucket.gradients:
+                continue
+            values = self.ops.observe(bucket.gradients, bucket.basis)
             pieces = [values.reshape(-1)]
-            before = pending.get(index)
-            if before is not None and before[1].device == values.device:
+            before = next((s for s in pending if s[1].device == values.device), None)
+            if before is not None:
+                pending = [s for s in pending if s is not before]
                 pieces.append(before[1].to(values.dtype))
-            if extra is not None and extra.device == values.device:
+            carries_loss = extra is not None and extra.device == values.device
+            if carries_loss and extra is not None:
                 pieces.append(extra.to(values.dtype))
             host = torch.cat(pieces).to("cpu", torch.float64)
-            columns = _columns(values.shape[1])
-            block = host[: values.numel()].view(len(rows), -1)
-            if len(rows) == len(parameters) and len(columns) == width:
-                statistics = block
-            else:
-                target = torch.tensor(rows).unsqueeze(1)
-                statistics[target, torch.tensor(columns)] = block
+            block = host[: values.numel()].view(len(bucket.rows), -1)
+            _scatter(statistics, bucket.rows, block)
             cursor = values.numel()
-            if before is not None and before[1].device == values.device:
+            if before is not None:
                 slopes[before[0]] = -host[cursor : cursor + len(before[0])]
-                cursor += len(before[0])
-            if extra is not None and extra.device == values.device:
-                host_loss, extra = float(host[cursor]), None
+            if carries_loss:
+                host_loss, extra = float(host[-1]), None
+        for rows, late in pending:
+            slopes[rows] = -late.to("cpu", torch.float64)
         if extra is not None:
             host_loss = float(extra)
         return Reading(statistics, host_loss, slopes)
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
-        if self.low_memory:
-            for group in self._groups():
-                self.ops.copy(group.parameters, group.steps)
-        elif not self.anchored or self.moved:
-            for group in self._groups():
-                self.ops.copy(group.parameters, group.anchors)
+        for bucket in self._tracked_buckets():
+            if self.low_memory:
+                self.ops.copy(bucket.parameters, bucket.steps)
+            elif not self.anchored or self.moved:
+                self.ops.copy(bucket.parameters, bucket.anchors)
         self.moved = False
 
     def after_base(self) -> None:
         """Take in the base's step: s, v and the anchor."""
         self._slopes = []
-        parameters = self.parameters()
-        for rows in self._rows(parameters, gradient=False):
-            # Nothing moved these; they keep no displacement.
-            group = self._group([parameters[i] for i in rows])
-            torch._foreach_zero_(group.steps)
-            self.ops.copy(group.parameters, group.anchors)
-        for rows in self._rows(parameters, gradient=True):
-            group = self._group([parameters[i] for i in rows])
-            gradients = [_gradient(parameters[i], i) for i in rows]
+        for bucket in self._tracked_buckets():
+            if not bucket.gradients:
+                # Nothing moved these; they keep no displacement.
+                torch._foreach_zero_(bucket.steps)
+                self.ops.copy(bucket.parameters, bucket.anchors)
+                continue
             if self.low_memory:
-                dots = self._advance_low(group, gradients)
+                dots = self._advance_low(bucket)
             else:
                 dots = self.ops.advance(
-                    group.parameters,
-                    gradients,
-                    group.anchors,
-                    group.steps,
-                    group.lags,
+                    bucket.parameters,
+                    bucket.gradients,
+                    bucket.anchors,
+                    bucket.steps,
+                    bucket.lags,
                     self.beta,
                 )[:, 0]
-            self._slopes.append((rows, dots))
+            self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
 
-    def _advance_low(self, group: _Group, gradients: Sequence[Tensor]) -> Tensor:
+    def _advance_low(self, bucket: _Bucket) -> Tensor:
         # s holds the weights before the base step; s <- theta - s in place.
-        torch._foreach_neg_(group.steps)
-        torch._foreach_add_(group.steps, group.parameters)
-        self.ops.copy(group.parameters, group.anchors)
-        return self.ops.observe(gradients, [group.steps])[:, 1]
+        torch._foreach_neg_(bucket.steps)
+        torch._foreach_add_(bucket.steps, bucket.parameters)
+        self.ops.copy(bucket.parameters, bucket.anchors)
+        return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
 
     # -- moves ---------------------------------------------------------------------
 
@@ -262,14 +254,16 @@ class WeightSpace:
         Returns:
             False when a new weight would not have been finite; then nothing moved.
         """
-        parameters = self.parameters()
         verdicts = []
-        for rows in self._rows(parameters):
-            group = self._group([parameters[i] for i in rows])
-            columns = len(group.basis)
-            chosen = coefficients[rows, :columns].to(torch.float32)
+        for bucket in self._tracked_buckets():
+            columns = len(bucket.basis)
+            chosen = coefficients[:, :columns]
+            if len(bucket.rows) != len(coefficients):
+                chosen = chosen[bucket.rows]
             verdicts.append(
-                self.ops.apply(group.parameters, group.basis, chosen, scale)[-1:]
+                self.ops.apply(
+                    bucket.parameters, bucket.basis, chosen.to(torch.float32), scale
+                )[-1]
             )
         self.moved = True
         if len(verdicts) == 1 and verdicts[0].device.type != "cpu":
@@ -280,8 +274,8 @@ class WeightSpace:
 
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""
-        for group in self._groups():
-            self.ops.copy(group.anchors, group.parameters)
+        for bucket in self._tracked_buckets():
+            self.ops.copy(bucket.anchors, bucket.parameters)
         self.moved = False
 
     # -- averaged weights ------------------------------------------------------------
@@ -295,7 +289,8 @@ class WeightSpace:
         if self.low_memory or not self.ready:
             yield
             return
-        groups = list(self._groups())
+        self.refresh()
+        groups = self._tracked_buckets()
         kept = [[p.clone() for p in g.parameters] for g in groups]
         with torch.no_grad():
             for g in groups:
@@ -332,69 +327,69 @@ class WeightSpace:
 
     # -- lists per device --------------------------------------------------------------
 
-    def _rows(
-        self,
-        parameters: Sequence[Tensor],
-        gradient: bool | None = None,
-        tracked: bool = True,
-    ) -> list[list[int]]:
-        """Row indices by (device, dtype), since one kernel call takes one kind.
+    def _all(self) -> list[_Bucket]:
+        """Parameters by device, dtype, and whether they have gradient and state."""
+        if self._buckets is None:
+            state = self.base.state
+            found: dict[Any, _Bucket] = {}
+            for row, p in enumerate(self.parameters()):
+                tracked = self._tracked(p)
+                key = (p.device, p.dtype, tracked, p.grad is None)
+                bucket = found.get(key)
+                if bucket is None:
+                    bucket = found[key] = _Bucket(tracked)
+                bucket.add(row, p, state[p] if tracked else None)
+            self._buckets = list(found.values())
+        return self._buckets
 
-        Args:
-            gradient: Only parameters with (True) or without (False) a gradient.
-            tracked: Parameters with hybrid tensors, or those without.
-        """
-        chosen = [
-            i
-            for i, p in enumerate(parameters)
-            if self._tracked(p) is tracked
-            and (gradient is None or (p.grad is not None) is gradient)
-        ]
-        return same_kind([parameters[i] for i in chosen], chosen)
-
-    def _groups(self) -> Iterator[_Group]:
-        parameters = self.parameters()
-        for rows in self._rows(parameters):
-            yield self._group([parameters[i] for i in rows])
-
-    def _group(self, parameters: Sequence[Tensor]) -> _Group:
-        states = [self.base.state[p] for p in parameters]
-        return _Group(
-            [local(p) for p in parameters],
-            [local(s[ANCHOR]) for s in states],
-            [local(s[STEP_KEY]) for s in states],
-            [] if self.low_memory else [local(s[LAG_KEY]) for s in states],
-        )
+    def _tracked_buckets(self) -> list[_Bucket]:
+        return [b for b in self._all() if b.tracked]
 
 
 @dataclass(slots=True)
-class _Group:
-    """Local tensors of parameters that share a device and a dtype."""
+class _Bucket:
+    """Local tensors of parameters of one kind, for one kernel call."""
 
-    parameters: list[Tensor]
-    anchors: list[Tensor]
-    steps: list[Tensor]
-    lags: list[Tensor]
+    tracked: bool
+    rows: list[int] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    anchors: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    lags: list[Tensor] = field(default_factory=list)
+
+    def add(self, row: int, parameter: Tensor, state: dict[str, Tensor] | None) -> None:
+        """Take in one parameter with its gradient and hybrid tensors."""
+        self.rows.append(row)
+        self.parameters.append(local(parameter))
+        if parameter.grad is not None:
+            self.gradients.append(_dense(parameter, row))
+        if state is not None:
+            self.anchors.append(local(state[ANCHOR]))
+            self.steps.append(local(state[STEP_KEY]))
+            if LAG_KEY in state:
+                self.lags.append(local(state[LAG_KEY]))
 
     @property
     def basis(self) -> list[list[Tensor]]:
-        columns: list[list[Tensor]] = [[]] * (2 if self.lags else 1)
-        columns[STEP] = self.steps
-        if self.lags:
-            columns[LAG] = self.lags
-        return columns
+        """The directions in column order: STEP, then LAG."""
+        return [part for part in (self.steps, self.lags) if part]
 
 
-def _columns(width: int) -> list[int]:
-    """Columns of the full (L, 1 + 2 J) statistics that a narrower reading fills."""
-    directions = (width - 1) // 2
-    return [0, *range(1, 1 + directions), *(1 + BASIS_SIZE + j for j in range(directions))]
+def _scatter(statistics: Tensor, rows: list[int], block: Tensor) -> None:
+    """Write a bucket's rows; a reading with fewer directions leaves zeros."""
+    directions = (block.shape[1] - 1) // 2
+    if directions == BASIS_SIZE and len(rows) == len(statistics):
+        statistics.copy_(block)
+        return
+    columns = [0, *range(1, 1 + directions)]
+    columns += [1 + BASIS_SIZE + j for j in range(directions)]
+    statistics[torch.tensor(rows).unsqueeze(1), torch.tensor(columns)] = block
 
 
-def _gradient(parameter: Tensor, row: int) -> Tensor:
+def _dense(parameter: Tensor, row: int) -> Tensor:
     gradient = parameter.grad
-    if gradient is None:
-        raise ConfigError(f"parameter {row}: has no gradient to read.")
+    assert gradient is not None
     if gradient.is_sparse:
         raise ConfigError(
             f"gradient of parameter {row} (shape {tuple(parameter.shape)}): is sparse; "

@@ -1,0 +1,214 @@
+"""The command ``python -m benchmarks`` (also ``hybridopt bench``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import ABLATIONS, ARMS, PEERS
+from benchmarks.cases import BUDGETS, CASES, Case, select
+from benchmarks.plots import draw_case
+from benchmarks.runner import Run
+from benchmarks.suite import CaseResult, Options, command_line, provenance, run_case
+from benchmarks.tables import document
+
+__all__ = ["main"]
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out one action of the command line and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.action(options)
+    except (ValueError, FileNotFoundError) as wrong:
+        parser.exit(2, f"benchmarks: {wrong}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    running = actions.add_parser("run", help="run cases and write their results")
+    running.add_argument("cases", nargs="*", help="parts of case or class names")
+    _common(running)
+    running.add_argument(
+        "--arms",
+        default="base,hybrid,peers",
+        help="comma-separated names; 'peers' and 'ablations' stand for all of them",
+    )
+    running.add_argument("--out", type=Path, default=_RESULTS, help="results folder")
+    running.add_argument("--name", help="file name instead of the case's")
+    running.set_defaults(action=_run)
+
+    listing = actions.add_parser("list", help="list cases and arms")
+    listing.set_defaults(action=_list)
+
+    reporting = actions.add_parser("report", help="one table from result files")
+    reporting.add_argument("files", nargs="+", type=Path, help="JSON results")
+    reporting.add_argument("--out", type=Path, help="Markdown file; else printed")
+    reporting.set_defaults(action=_report)
+
+    tuning = actions.add_parser("tune", help="final loss of the bare base over rates")
+    tuning.add_argument("cases", nargs="+", help="parts of case or class names")
+    tuning.add_argument("--rates", required=True, help="comma-separated rates")
+    _common(tuning)
+    tuning.set_defaults(action=_tune)
+
+    overhead = actions.add_parser("overhead", help="whole-wrapper overhead per step")
+    overhead.add_argument("rest", nargs=argparse.REMAINDER)
+    overhead.set_defaults(action=_overhead)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", choices=("quick", "full", "gpu"), default="quick")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda at scale gpu, else cpu, unless given")
+    parser.add_argument("--data", type=Path, help="folder with further data sets")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument(
+        "--budgets", help="lengths of the base's runs in N, comma-separated"
+    )
+    parser.add_argument(
+        "--step-scale",
+        type=float,
+        default=1.0,
+        help="factor on all steps (smoke tests)",
+    )
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    torch.set_num_threads(parsed.threads)
+    device = parsed.device or ("cuda" if parsed.scale == "gpu" else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device here. Use --device cpu.")
+    budgets = BUDGETS
+    if parsed.budgets:
+        budgets = tuple(float(b) for b in parsed.budgets.split(","))
+    return Options(
+        scale=parsed.scale,
+        seeds=tuple(range(parsed.first_seed, parsed.first_seed + parsed.seeds)),
+        arms=_arms(getattr(parsed, "arms", "base")),
+        device=device,
+        data=parsed.data,
+        budgets=budgets,
+        step_scale=parsed.step_scale,
+    )
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    names: list[str] = []
+    for word in text.split(","):
+        match word.strip():
+            case "peers":
+                names += [arm.name for arm in PEERS]
+            case "ablations":
+                names += [arm.name for arm in ABLATIONS]
+            case name if name in ARMS:
+                names.append(name)
+            case name:
+                known = ", ".join(("peers", "ablations", *ARMS))
+                raise ValueError(f"--arms {name!r}: unknown. Use some of {known}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    """Run the cases; write JSON after each, so that an interruption loses little."""
+    options = _options(parsed)
+    cases = select(parsed.cases, parsed.scale)
+    meta = provenance(command_line(), options)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", meta["hardware"].lower()).strip("-")[:24]
+    title = parsed.name or (cases[0].name if len(cases) == 1 else "all")
+    stem = f"{title}_{device}_{meta['date']}"
+    results: list[CaseResult] = []
+    for case in cases:
+        print(f"{case.name} ({case.family})", flush=True)
+        results.append(run_case(case, options, _progress))
+        if results[-1].skipped:
+            print(f"  skipped: {results[-1].skipped}", flush=True)
+        draw_case(results[-1], parsed.out / f"{stem}_{case.name}.svg")
+        _write(parsed.out / stem, meta, results)
+    print(document(meta, results))
+    print(f"written: {parsed.out / stem}.json, .md and plots")
+    failed = [r for result in results for r in result.runs if r.failure]
+    return 1 if any(r.arm.startswith("hybrid") for r in failed) else 0
+
+
+def _write(stem: Path, meta: dict[str, Any], results: list[CaseResult]) -> None:
+    values = {"meta": meta, "cases": [r.to_dict() for r in results]}
+    # with_suffix would cut a name at its last dot.
+    Path(f"{stem}.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    Path(f"{stem}.md").write_text(document(meta, results), "utf-8")
+
+
+def _progress(r: Run) -> None:
+    line = (
+        f"  seed {r.seed} {r.arm:22s} {r.fraction:5g} N  loss {r.final_loss:9.5f}  "
+        f"backwards {r.backwards:6d}  cost {r.cost:8.1f}  {r.wall_s:7.2f} s"
+    )
+    print(line + (f"  FAILED {r.failure}" if r.failure else ""), flush=True)
+
+
+def _list(_: argparse.Namespace) -> int:
+    for case in CASES.values():
+        rates = "/".join(f"{case.rates[s]:g}" for s in case.scales)
+        print(f"{case.name:28s} {case.family:30s} lr {rates:18s} {case.schedule}")
+    print("arms: " + ", ".join(ARMS))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    """Merge result files: the first file's provenance, every case once."""
+    loaded = [json.loads(path.read_text("utf-8")) for path in parsed.files]
+    results = [CaseResult.from_dict(c) for values in loaded for c in values["cases"]]
+    text = document(loaded[0]["meta"], results)
+    if parsed.out:
+        parsed.out.write_text(text, "utf-8")
+    else:
+        print(text)
+    return 0
+
+
+def _tune(parsed: argparse.Namespace) -> int:
+    """Print the bare base's loss at N steps for each rate."""
+    from dataclasses import replace
+
+    options = _options(parsed)
+    for case in select(parsed.cases, parsed.scale):
+        for rate in (float(r) for r in parsed.rates.split(",")):
+            losses = _losses(case, rate, options, replace)
+            mean = sum(losses) / len(losses) if losses else float("nan")
+            spread = " ".join(f"{loss:.5g}" for loss in losses)
+            print(
+                f"{case.name:28s} lr {rate:8g}  {mean:10.6g}   ({spread})", flush=True
+            )
+    return 0
+
+
+def _losses(case: Case, rate: float, options: Options, replace: Any) -> list[float]:
+    rates = {scale: rate for scale in case.rates}
+    tried = replace(case, rates=rates, tuned=rates)
+    alone = replace(options, arms=("base",), budgets=(1.0,))
+    result = run_case(tried, alone)
+    if result.skipped:
+        print(f"skipped: {result.skipped}", file=sys.stderr)
+    return [r.final_loss for r in result.runs]
+
+
+def _overhead(parsed: argparse.Namespace) -> int:
+    from benchmarks import overhead
+
+    return overhead.main(parsed.rest)

@@ -1,0 +1,164 @@
+"""Per-tensor gains that follow the significance of their gradient alignment."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.config import HybridConfig
+from hybridopt.dynamics.state import tensor_like
+from hybridopt.types import BASIS_SIZE, LAG, STEP
+
+__all__ = ["DEVIATION_FLOOR", "AlignmentGains"]
+
+DEVIATION_FLOOR = 0.01
+"""Added to standard errors and deviations of alignments: below a hundredth of a cosine
+there is no evidence, however steady."""
+DRIFT_FLOOR = 1e-3
+"""Smallest drift gain that is kept, as the starting point of growth."""
+DRIFT_OFF = 2e-3
+"""Drift gains below this move nothing."""
+ROLLBACK_FACTOR = 0.25
+
+
+def _row(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+class AlignmentGains:
+    """The rule that learns nothing but gains: L tensors by J directions.
+
+    With c the (L, J) alignments of one real step, per direction with memory rho, rate
+    eta and significance t0:
+
+        m <- rho m + (1 - rho) c,  q <- rho q + (1 - rho) c^2   (bias-corrected)
+        se = sqrt(max(q - m^2, 0)) sqrt((1 - rho) / (1 + rho)) + 0.01,  t = m / se
+        log a += eta sign(t) clip((|t| - t0) / 2, 0, 1),  a clipped to its range.
+
+    m and q are kept bias-corrected: m += w (c - m) with w = (1 - rho) / (1 - rho^n).
+
+    Source: with memory 0 and no significance this is hypergradient adaptation of a
+    per-tensor rate (Baydin et al. 2018, arXiv 1703.04782) in the form of a move.
+    Differs: growth is bounded per step and needs significance.
+    """
+
+    def __init__(self, config: HybridConfig, size: int) -> None:
+        gain, drift = config.gain, config.drift
+        # Low memory keeps no drift filter, so its direction does not exist.
+        self.drift_enabled = drift.enabled and config.memory != "low"
+        self.beta = drift.beta
+        self._memory = _row(gain.memory, drift.memory)
+        self._fresh = 1 - self._memory
+        self._shrink = (self._fresh / (1 + self._memory)).sqrt()
+        self._threshold = _row(gain.significance, drift.significance)
+        self._negative = -self._threshold
+        self._half_rate = _row(gain.rate / 2, drift.rate / 2)
+        self._minimum = _row(gain.minimum, DRIFT_FLOOR)
+        self._maximum = _row(gain.maximum, max(drift.maximum, DRIFT_FLOOR))
+        initial = _row(gain.initial, drift.initial)
+        self._initial = initial.clamp(self._minimum, self._maximum)
+        per_step = (1 - drift.beta) / drift.beta if self.drift_enabled else 0.0
+        # v is a lag, not a step: its drift per real step is (1 - beta) / beta v.
+        self._scale = _row(1.0, per_step)
+        self._off_below = _row(-1.0, DRIFT_OFF)
+        # From here on the bias correction is 1 to the last bit.
+        slowest = max(gain.memory, drift.memory)
+        self._settled = math.ceil(math.log(1e-17) / math.log(slowest))
+        self.size = size
+        self.reset()
+
+    def reset(self) -> None:
+        """Initial gains, no statistics."""
+        self.gains = self._initial.repeat(self.size, 1)
+        """(L, J), in base steps."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the alignments, keep the gains."""
+        self.count = 0
+        """Observations since the last restart."""
+        empty = torch.zeros(self.size, BASIS_SIZE, dtype=torch.float64, device="cpu")
+        self._remaining = torch.ones(BASIS_SIZE, dtype=torch.float64, device="cpu")
+        self.mean = empty
+        """(L, J) running mean of the alignments."""
+        self._square = empty
+        self.deviation = empty
+        """(L, J) running standard deviation of one alignment."""
+        self.error = empty + DEVIATION_FLOOR
+        """(L, J) standard error of ``mean``."""
+
+    def absorb(self, alignment: Tensor) -> None:
+        """Take in one (L, J) observation; gains stay."""
+        self.count += 1
+        weight = self._fresh
+        if self.count <= self._settled:
+            self._remaining = self._remaining * self._memory
+            weight = weight / (1 - self._remaining)
+        self.mean = torch.lerp(self.mean, alignment, weight)
+        self._square = torch.lerp(self._square, alignment * alignment, weight)
+        self._derive()
+
+    def _derive(self) -> None:
+        variance = torch.addcmul(self._square, self.mean, self.mean, value=-1)
+        self.deviation = variance.clamp_min_(0.0).sqrt_()
+        self.error = (self.deviation * self._shrink).add_(DEVIATION_FLOOR)
+
+    def significance(self) -> Tensor:
+        """(L, J) t-values of the mean alignments."""
+        return self.mean / self.error
+
+    def grow(self, significance: Tensor) -> None:
+        """Move the gains as (L, J) t-values say."""
+        # t minus its clamp is sign(t) max(|t| - t0, 0): the same rule in fewer passes.
+        excess = significance - significance.clamp(self._negative, self._threshold)
+        factor = excess.clamp_(-2.0, 2.0).mul_(self._half_rate).exp_()
+        self.gains = factor.mul_(self.gains).clamp_(self._minimum, self._maximum)
+
+    def hold_rate(self, lr_ratio: float) -> None:
+        """Keep (1 + a) lr where it was when a scheduler raises the learning rate.
+
+        Only the step gain: the lag direction still holds steps of the old rate. A
+        falling rate leaves gains as they are, since schedules mean to slow down.
+        """
+        if 1.0 < lr_ratio < math.inf:
+            held = (1 + self.gains[:, STEP]) / lr_ratio - 1
+            gains = self.gains.clone()
+            gains[:, STEP] = held
+            self.gains = gains.clamp_(self._minimum, self._maximum)
+
+    def shrink(self) -> None:
+        """After a rollback: a quarter of every gain, and fresh statistics."""
+        self.gains = (self.gains * ROLLBACK_FACTOR).clamp_(self._minimum, self._maximum)
+        self.restart()
+
+    def coefficients(self) -> Tensor:
+        """(L, J) multipliers of the basis: the whole move behind one real step."""
+        moved = self.gains * self._scale
+        if float(self.gains[:, LAG].max() if self.size else 0.0) < DRIFT_OFF:
+            moved[:, LAG] = 0.0
+            return moved
+        return moved.mul_(self.gains >= self._off_below)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gains and running alignments."""
+        return {
+            "count": self.count,
+            "remaining": self._remaining.clone(),
+            "gains": self.gains.clone(),
+            "mean": self.mean.clone(),
+            "square": self._square.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; raises CheckpointError, possibly half-way, on a mismatch."""
+        count = int(state["count"])
+        remaining = tensor_like(state, "remaining", self._remaining)
+        gains = tensor_like(state, "gains", self.gains)
+        mean = tensor_like(state, "mean", self.mean)
+        square = tensor_like(state, "square", self._square)
+        self.count, self._remaining, self.gains = count, remaining, gains
+        self.mean, self._square = mean, square
+        self._derive()

@@ -1,0 +1,148 @@
+"""Where the loss is heading, and what a move turned out to be worth: host scalars."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hybridopt.history import RunningMoments
+
+__all__ = ["Efficiency", "LossTrend"]
+
+
+class LossTrend:
+    """Exponentially weighted local linear trend of the loss, with its residual spread.
+
+    With e = loss - (level + slope): level += slope + a e, slope += b e. ``sigma`` is
+    the running root mean square of e, so a biased trend counts as an uncertain one.
+
+    Source: Holt 1957 (reprinted 2004, Int. J. Forecasting 20(1)), error-correction form.
+    """
+
+    LEVEL_RATE = 0.2
+    SLOPE_RATE = 0.02
+    MEMORY = 0.95
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.level = math.nan
+        self.slope = 0.0
+        self.surprise = math.nan
+        """The newest residual over the ``sigma`` before it; nan while unknown."""
+        self._residuals = RunningMoments(self.MEMORY)
+
+    @property
+    def expected(self) -> float:
+        """Loss expected at the next real step; nan before the first loss."""
+        return self.level + self.slope
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of ``expected``; nan before the second residual."""
+        return math.hypot(self._residuals.mean, self._residuals.std)
+
+    def add(self, loss: float) -> None:
+        """Take in one measured loss; values that are not finite are no evidence."""
+        self.surprise = math.nan
+        if not math.isfinite(loss):
+            return
+        self.count += 1
+        if self.count == 1:
+            self.level = loss
+            return
+        residual, sigma = loss - self.expected, self.sigma
+        if math.isfinite(sigma):
+            self.surprise = residual / max(sigma, 1e-12)
+        self.level += self.slope + self.LEVEL_RATE * residual
+        self.slope += self.SLOPE_RATE * residual
+        self._residuals.add(residual)
+
+    def path(self, horizon: int) -> tuple[list[float], list[float]]:
+        """Expected losses and standard deviations of the next ``horizon`` real steps.
+
+        The trend continues; its uncertainty grows like that of a random walk.
+        """
+        steps = range(1, horizon + 1)
+        return (
+            [self.level + k * self.slope for k in steps],
+            [self.sigma * math.sqrt(k) for k in steps],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Level, slope, residual moments."""
+        return {
+            "count": self.count,
+            "level": self.level,
+            "slope": self.slope,
+            "surprise": self.surprise,
+            "residuals": self._residuals.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.count = int(state["count"])
+        self.level, self.slope = float(state["level"]), float(state["slope"])
+        self.surprise = float(state["surprise"])
+        self._residuals.load_state_dict(state["residuals"])
+
+
+class Efficiency:
+    """What share of its first-order worth a move delivers, measured for free.
+
+    A move that begins with slope s0 and ends with slope s1 along itself (both in loss
+    per move, positive downhill) has lowered the loss by (s0 + s1) / 2 of the trapezoid
+    rule, which is e = (1 + s1 / s0) / 2 of what its first-order worth s0 promised.
+    The fresh gradient of the next real step gives s1. The ratio is clipped to [-1, 1]:
+    a slope that rose is noise, and one that turned over is a full failure already.
+    """
+
+    MEMORY = 0.9
+    UNKNOWN_MEAN = 0.5
+    UNKNOWN_ERROR = 0.25
+
+    def __init__(self) -> None:
+        self._samples = RunningMoments(self.MEMORY)
+        self.surprise = math.nan
+        """The newest sample's residual in units of ``spread``; nan while unknown."""
+
+    @property
+    def mean(self) -> float:
+        """Expected efficiency in [0, 1]; one half before the first sample."""
+        return self._samples.mean if self._samples.count else self.UNKNOWN_MEAN
+
+    @property
+    def error(self) -> float:
+        """Standard error of ``mean``; one quarter before the second sample."""
+        if self._samples.count < 2:
+            return self.UNKNOWN_ERROR
+        return self._samples.standard_error
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of one sample, with a floor of 0.05."""
+        return 0.05 + (self._samples.std if self._samples.count > 1 else 0.25)
+
+    def add(self, begin: float, end: float) -> None:
+        """Judge one move by its slope at both ends; uphill beginnings are no sample."""
+        self.surprise = math.nan
+        if not (begin > 0.0 and math.isfinite(begin) and math.isfinite(end)):
+            return
+        self.add_sample(0.5 * (1.0 + min(max(end / begin, -1.0), 1.0)))
+
+    def add_sample(self, sample: float) -> None:
+        """Take in one efficiency in [0, 1]; a move that was taken back is worth 0."""
+        self.surprise = (sample - self.mean) / self.spread
+        self._samples.add(sample)
+
+    def skip(self) -> None:
+        """No move was made: nothing to judge."""
+        self.surprise = math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of the samples."""
+        return {"samples": self._samples.state_dict(), "surprise": self.surprise}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._samples.load_state_dict(state["samples"])
+        self.surprise = float(state["surprise"])
