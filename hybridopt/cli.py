@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         default="hybridopt-demo",
         help="where report and metrics go (default hybridopt-demo)",
     )
-    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there")
+    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
     demo.add_argument(
         "--plain", action="store_true", help="lines of text instead of a live table"
     )

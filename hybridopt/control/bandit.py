@@ -21,9 +21,10 @@ __all__ = ["FixedHorizonPolicy", "LinUCBPolicy", "build_horizons", "build_policy
 LIMIT = 1e3
 """Contexts and rewards are clipped to this magnitude: they are of order one, and a
 single absurd value would otherwise drown the rest of an arm's history."""
-Rows = list[list[float]]
 TIE = 1e-12
 """Relative difference of scores that counts as a tie; rounding is below it."""
+Rows = list[list[float]]
+"""A matrix, or the lower triangle of one, row by row."""
 
 
 def build_horizons(max_predict_steps: int) -> tuple[int, ...]:
@@ -256,7 +257,8 @@ def _scaled_identity(scale: float, size: int) -> Rows:
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     """Inner product over the shorter length."""
-    return sum(map(mul, a, b))
+    total: float = sum(map(mul, a, b))
+    return total
 
 
 def _solve(A: Rows, b: Sequence[float]) -> tuple[Rows, list[float]]:

@@ -128,7 +128,9 @@ class Controller:
         raising the learning rate: gains that grow against a tiny rate would then
         multiply a rising one.
         """
-        rising = observation.lr_ratio > 1.0 + 1e-9
+        # The first rate says nothing yet about where the rates are going.
+        first = self._last_rate == 0.0
+        rising = first or observation.lr_ratio > 1.0 + 1e-9
         self._last_rate = observation.learning_rate
         self.real_steps += 1
         self._since_predict += 1

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from hybridopt.demo.model import ByteGPT
-from hybridopt.demo.train import Task, TrainingRun, Weights
+from hybridopt.demo.train import RunPlan, Task, TrainingRun, Weights
 from hybridopt.telemetry import events
 from hybridopt.telemetry.live import Display
 
@@ -74,8 +74,8 @@ def checkpoint(task: Task, display: Display) -> tuple[Weights, float]:
         f"checkpoint: training {steps} steps on {task.corpus.name} (cached afterwards)"
     )
     initial = ByteGPT(task.preset.model).initialize(task.seed).state_dict()
-    run = TrainingRun("checkpoint", "AdamW from scratch", task, initial, steps)
-    progress = display.add(run.name, steps)
+    run = TrainingRun(RunPlan("checkpoint", "AdamW from scratch", steps), task, initial)
+    progress = display.add(run.plan.name, steps)
     run.advance(steps, progress, display.refresh)
     progress.validation_loss = loss = run.evaluate()
     weights = run.weights()

@@ -40,7 +40,7 @@ PRESETS = {
         checkpoint_steps=800,
         tuned_rate=3e-3,
         warmup_steps=40,
-        validation_batches=16,
+        validation_batches=12,
     ),
     "small": Preset(
         model=ModelConfig(layers=6, heads=8, width=256, context=256),
@@ -49,7 +49,7 @@ PRESETS = {
         checkpoint_steps=1600,
         tuned_rate=1e-3,
         warmup_steps=80,
-        validation_batches=16,
+        validation_batches=12,
     ),
     "gpt2": Preset(
         model=ModelConfig(layers=12, heads=12, width=768, context=1024),

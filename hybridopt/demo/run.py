@@ -23,7 +23,7 @@ from hybridopt.demo.checkpoint import checkpoint
 from hybridopt.demo.model import ByteGPT
 from hybridopt.demo.presets import FINETUNE_RATE, SCENARIOS, Preset, preset
 from hybridopt.demo.text import c_headers, standard_library, text_at
-from hybridopt.demo.train import Task, TrainingRun, Weights
+from hybridopt.demo.train import RunPlan, Task, TrainingRun, Weights
 from hybridopt.errors import ConfigError
 from hybridopt.telemetry.comparison import Comparison, Provenance
 from hybridopt.telemetry.extras import require
@@ -81,7 +81,7 @@ def run_demo(options: DemoOptions, stream: TextIO = sys.stdout) -> DemoResult:
     chosen = _preset(options, device)
     if options.scenario not in SCENARIOS:
         raise ConfigError(
-            f"scenario={options.scenario!r}: unknown. Use one of {', '.join(SCENARIOS)}."
+            f"scenario={options.scenario!r}: use one of {', '.join(SCENARIOS)}."
         )
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def run_demo(options: DemoOptions, stream: TextIO = sys.stdout) -> DemoResult:
     return DemoResult(comparisons, report)
 
 
-# -- before training ---------------------------------------------------------------------
+# -- before training -------------------------------------------------------------------
 
 
 def _device(name: str | None) -> torch.device:
@@ -161,23 +161,23 @@ def _prepare(
     return task, weights
 
 
-# -- training ----------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------
 
 
 def _compare(task: Task, weights: Weights, display: Display, out: Path) -> Comparison:
     """All runs of one seed."""
     steps = task.preset.steps
-    bare = TrainingRun("bare", f"AdamW, {steps} scheduled steps", task, weights, steps)
-    hybrid = TrainingRun(
+    bare_plan = RunPlan("bare", f"AdamW, {steps} scheduled steps", steps)
+    hybrid_plan = RunPlan(
         "hybrid",
         f"the same AdamW in HybridPredictOptimizer with defaults, {steps} scheduled "
         "steps; its i-th gradient uses the bare run's i-th batch",
-        task,
-        weights,
         steps,
         hybrid=True,
         metrics_path=out / f"metrics-seed{task.seed}.jsonl",
     )
+    bare = TrainingRun(bare_plan, task, weights)
+    hybrid = TrainingRun(hybrid_plan, task, weights)
     suffix = f" s{task.seed}" if task.seed else ""
     _train([bare, hybrid], display, suffix)
     finished = bare.finish(), hybrid.finish()
@@ -186,14 +186,13 @@ def _compare(task: Task, weights: Weights, display: Display, out: Path) -> Compa
     short_steps = round(finished[1].cost)
     shortened = None
     if 1 <= short_steps < steps:
-        rival = TrainingRun(
+        rival_plan = RunPlan(
             "shortened",
             f"AdamW with its schedule shortened to the hybrid's cost, {short_steps} "
             "steps",
-            task,
-            weights,
             short_steps,
         )
+        rival = TrainingRun(rival_plan, task, weights)
         _train([rival], display, suffix)
         shortened = rival.finish()
     return Comparison(task.seed, *finished, shortened)
@@ -201,7 +200,7 @@ def _compare(task: Task, weights: Weights, display: Display, out: Path) -> Compa
 
 def _train(runs: list[TrainingRun], display: Display, suffix: str) -> None:
     """Advance the runs in turns until all are done, evaluating as they go."""
-    shown = [(run, display.add(run.name + suffix, run.steps)) for run in runs]
+    shown = [(run, display.add(run.plan.name + suffix, run.steps)) for run in runs]
     for run, progress in shown:
         progress.validation_loss = run.evaluate()
     while not all(run.done for run, _ in shown):
@@ -211,7 +210,7 @@ def _train(runs: list[TrainingRun], display: Display, suffix: str) -> None:
             display.refresh(progress)
 
 
-# -- after training ----------------------------------------------------------------------
+# -- after training --------------------------------------------------------------------
 
 
 def _provenance(options: DemoOptions, task: Task, chosen: Preset) -> Provenance:
@@ -235,14 +234,15 @@ def _provenance(options: DemoOptions, task: Task, chosen: Preset) -> Provenance:
         },
         hardware=_hardware(task.device),
         settings={
-            "model": f"byte-level GPT, {parameters:,} parameters, {model.layers} layers, "
-            f"width {model.width}, context {model.context}",
+            "model": f"byte-level GPT, {parameters:,} parameters, {model.layers} "
+            f"layers, width {model.width}, context {model.context}",
             "batch": f"{chosen.batch_size} sequences of {model.context} bytes",
             "learning rate": f"{task.learning_rate:g} (warm-up over "
             f"{task.warmup_share:.0%} of the steps, then linear decay)",
             "text": f"{corpus.name}, {len(corpus.train):,} bytes to train on "
             f"({corpus.train_files} files), {len(corpus.validation):,} held out "
-            f"({corpus.validation_files or 'the end of the same file, no'} other files)",
+            f"({corpus.validation_files or 'the end of the same file, no'} other "
+            "files)",
             "text digest": corpus.digest,
             "seeds": ", ".join(
                 str(seed) for seed in range(options.seed, options.seed + options.seeds)
@@ -270,7 +270,9 @@ def _write_numbers(path: Path, comparisons: tuple[Comparison, ...]) -> None:
         }
         for comparison in comparisons
     ]
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(numbers), indent=1) + b"\n")
+    path.write_bytes(
+        msgspec.json.format(msgspec.json.encode(numbers), indent=1) + b"\n"
+    )
 
 
 def _print_result(

@@ -161,8 +161,8 @@ def _corpus(name: str, train: list[bytes], validation: list[bytes]) -> Corpus:
     if len(parts[1]) < _MIN_VALIDATION_BYTES or len(parts[0]) < len(parts[1]):
         raise ConfigError(
             f"text {name}: {len(parts[0])} bytes to train on and {len(parts[1])} held "
-            f"out; {_MIN_VALIDATION_BYTES} held-out bytes are needed, and more to train "
-            "on. Name more text with --text FILE_OR_DIR."
+            f"out; {_MIN_VALIDATION_BYTES} held-out bytes are needed, and more to "
+            "train on. Name more text with --text FILE_OR_DIR."
         )
     digest = hashlib.sha256(hashlib.sha256(parts[0]).digest() + parts[1]).hexdigest()
     tensors = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]

@@ -32,7 +32,7 @@ from hybridopt.telemetry.comparison import (
 from hybridopt.telemetry.live import RunProgress
 from hybridopt.types import STEP, StepRecord
 
-__all__ = ["Task", "TrainingRun", "Weights"]
+__all__ = ["RunPlan", "Task", "TrainingRun", "Weights"]
 
 Weights = dict[str, Tensor]
 _BETAS = (0.9, 0.95)
@@ -78,34 +78,35 @@ class Task:
         return window[:, :-1], window[:, 1:]
 
 
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What sets one run apart from the others of its task."""
+
+    name: str
+    """Short name for tables."""
+    description: str
+    """What runs, in words."""
+    steps: int
+    """Scheduled steps."""
+    hybrid: bool = False
+    """Whether AdamW is wrapped, with hybridopt's defaults."""
+    metrics_path: Path | None = None
+    """Where the wrapped optimizer writes one line per step."""
+
+
 class TrainingRun:
     """One run in progress; ``advance`` it, then ``finish`` it.
 
     Args:
-        name: Short name for tables.
-        description: What runs, in words.
+        plan: What sets this run apart.
         task: Data, model size and rate.
         weights: Initial weights, copied.
-        steps: Scheduled steps.
-        hybrid: Whether AdamW is wrapped, with hybridopt's defaults.
-        metrics_path: Where the wrapped optimizer writes one line per step.
     """
 
-    def __init__(  # noqa: PLR0913 - each argument is one difference between the arms
-        self,
-        name: str,
-        description: str,
-        task: Task,
-        weights: Weights,
-        steps: int,
-        *,
-        hybrid: bool = False,
-        metrics_path: Path | None = None,
-    ) -> None:
-        self.name = name
-        self.description = description
+    def __init__(self, plan: RunPlan, task: Task, weights: Weights) -> None:
+        self.plan = plan
+        self.steps = steps = plan.steps
         self.task = task
-        self.steps = steps
         self.model = ByteGPT(task.preset.model).to(task.device)
         self.model.load_state_dict(weights)
         base = torch.optim.AdamW(
@@ -115,8 +116,8 @@ class TrainingRun:
             weight_decay=_WEIGHT_DECAY,
         )
         self.hybrid: HybridPredictOptimizer | None = None
-        if hybrid:
-            path = None if metrics_path is None else str(metrics_path)
+        if plan.hybrid:
+            path = None if plan.metrics_path is None else str(plan.metrics_path)
             self.hybrid = HybridPredictOptimizer(
                 base, model=self.model, metrics_path=path
             )
@@ -146,7 +147,7 @@ class TrainingRun:
         with self.task.autocast():
             loss = self.model.loss(inputs, targets)
         if loss.requires_grad:
-            loss.register_hook(self._count_backward)
+            loss.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
         return loss
 
     def _count_backward(self, gradient: Tensor) -> None:
@@ -261,8 +262,8 @@ class TrainingRun:
                 names = tuple(name for name, _ in self.model.named_parameters())
                 gains = GainHistory(names, tuple(self._gain_steps), tuple(self._gains))
         return Arm(
-            name=self.name,
-            description=self.description,
+            name=self.plan.name,
+            description=self.plan.description,
             scheduled_steps=self.steps,
             evaluations=tuple(self._evaluations),
             training=tuple(

@@ -54,8 +54,9 @@ class Correction:
 class Model(Protocol):
     """Maps the features of one real step to a correction of the prior, and learns."""
 
-    latent: Tensor | None
-    """(latent_size,) float64 summary of the recurrent state; None without one."""
+    @property
+    def latent(self) -> Tensor | None:
+        """(latent_size,) float64 summary of the recurrent state; None without one."""
 
     def correct(self, features: Tensor) -> Correction:
         """Take in one real step's (L, F) float32 features and correct the prior."""
@@ -68,11 +69,13 @@ class Model(Protocol):
 
     def imagine(self, horizon: int) -> Correction | None:
         """Mean over tensors of the next ``horizon`` corrections, (horizon, CHANNELS);
-        None for models without dynamics. Changes nothing."""
+        None for models without dynamics. Changes nothing.
+        """
 
     def restart(self) -> None:
         """The trajectory broke (a rollback): forget the sequence, keep what was
-        learned."""
+        learned.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next correction and the next update depend on."""

@@ -1,4 +1,4 @@
-"""Loading state dictionaries: everything is checked, and a refused load undoes itself."""
+"""Loading state dictionaries: all is checked, and a refused load undoes itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def tensor_like(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise CheckpointError(
-            f"predictor state {key!r}={type(value).__name__}: must be a tensor. {_WAY_OUT}"
+            f"predictor state {key!r}={type(value).__name__}: must be a tensor. "
+            f"{_WAY_OUT}"
         )
     if value.shape != like.shape or value.dtype != like.dtype:
         raise CheckpointError(

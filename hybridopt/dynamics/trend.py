@@ -16,12 +16,13 @@ class LossTrend:
     With e = loss - (level + slope): level += slope + a e, slope += b e. ``sigma`` is
     the running root mean square of e, so a biased trend counts as an uncertain one.
 
-    Source: Holt 1957 (reprinted 2004, Int. J. Forecasting 20(1)), error-correction form.
+    Source: Holt 1957 (reprinted 2004, Int. J. Forecasting 20(1)), in error form.
     """
 
     LEVEL_RATE = 0.2
     SLOPE_RATE = 0.02
     MEMORY = 0.95
+    LARGEST = 1e100
 
     def __init__(self) -> None:
         self.count = 0
@@ -42,9 +43,9 @@ class LossTrend:
         return math.hypot(self._residuals.mean, self._residuals.std)
 
     def add(self, loss: float) -> None:
-        """Take in one measured loss; values that are not finite are no evidence."""
+        """Take in one measured loss; nan, inf and overflowing ones are no evidence."""
         self.surprise = math.nan
-        if not math.isfinite(loss):
+        if not abs(loss) < self.LARGEST:
             return
         self.count += 1
         if self.count == 1:

@@ -98,6 +98,7 @@ def open_display(stream: TextIO, interactive: bool | None = None) -> Display:
     """The display that fits the stream.
 
     Args:
+        stream: Where to draw.
         interactive: True for bars, False for lines, None to ask the stream.
 
     Raises:

@@ -112,9 +112,7 @@ def summary_rows(comparison: Comparison) -> list[Row]:
         row("moves inside real steps", lambda arm: _counted(arm, folded_moves)),
         row("rolled-back steps", lambda arm: _counted(arm, rolled_back_steps)),
         row("bookkeeping share of wall time", _share),
-        row(
-            "optimizer memory beyond the weights", lambda arm: _bytes(arm.state_bytes)
-        ),
+        row("optimizer memory beyond the weights", lambda arm: _bytes(arm.state_bytes)),
     ]
 
 
@@ -124,7 +122,7 @@ def _share(arm: Arm) -> str:
 
 
 def seed_rows(comparisons: Sequence[Comparison]) -> list[Row]:
-    """One line per seed, then mean and standard deviation; the first row is a heading."""
+    """One line per seed, then mean and deviation; the first row is a heading."""
     rows = [
         Row("seed", ("bare loss", "hybrid loss", "cost speedup", "wall-time speedup"))
     ]
@@ -184,9 +182,9 @@ def describe(comparisons: Sequence[Comparison]) -> list[str]:
     first, equal = comparisons[0], known[0]
     if first.hybrid.final.loss < first.bare.final.loss:
         lines.append(
-            f"The hybrid run ended at a held-out loss of {first.hybrid.final.loss:.4f}; "
-            f"the bare run never got that low in its {first.bare.scheduled_steps} steps "
-            f"(it ended at {first.bare.final.loss:.4f})."
+            f"The hybrid run ended at a held-out loss of "
+            f"{first.hybrid.final.loss:.4f}; the bare run never got that low in its "
+            f"{first.bare.scheduled_steps} steps (it ended at {first.bare.final.loss:.4f})."
         )
     lines.append(_wall_time(equal))
     if first.shortened is not None:
@@ -217,7 +215,9 @@ def _verdict(equals: Sequence[EqualLoss]) -> str:
     if len(equals) > 1:
         facts = f"for the first seed, {facts}"
     if speedup > 1 + _NOISE:
-        return f"Prediction paid: {speedup:.2f}x less cost at equal loss{over}; {facts}."
+        return (
+            f"Prediction paid: {speedup:.2f}x less cost at equal loss{over}; {facts}."
+        )
     if speedup < 1 - _NOISE:
         return (
             f"Prediction did not pay: at equal loss it cost {1 / speedup:.2f}x as much "
@@ -254,8 +254,8 @@ def _what_happened(hybrid: Arm) -> list[str]:
     steps = len(hybrid.records)
     predicted, folded = predicted_steps(hybrid), folded_moves(hybrid)
     lines = [
-        f"Of {steps} scheduled steps {predicted} were predicted, without batch, forward "
-        f"or backward; {folded} real steps carried a predicted move as well; "
+        f"Of {steps} scheduled steps {predicted} were predicted, without batch, "
+        f"forward or backward; {folded} real steps carried a predicted move as well; "
         f"{rolled_back_steps(hybrid)} were rolled back. Gradients were taken of "
         f"{hybrid.samples} training sequences: a predicted step uses no data."
     ]

@@ -1,25 +1,21 @@
-"""Pictures of runs as inline SVG, readable on light and on dark backgrounds.
-
-Text and axes are drawn in the reader's text color (``currentColor``), data in mid tones
-that stand out on both. Only measured points are drawn; curves of mini-batch losses are
+"""What the pictures of a report show. Only measured points are drawn; curves of mini-batch losses are
 smoothed by a running mean, and the axis says so.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridopt.errors import RecoveryAction
 from hybridopt.telemetry.comparison import Arm, Comparison, GainHistory
 from hybridopt.telemetry.extras import require
+from hybridopt.telemetry.picture import INK
 from hybridopt.types import Level, Phase, StepRecord
 
 __all__ = [
-    "draw",
     "forecast_pairs",
     "plot_forecasts",
     "plot_gains",
@@ -31,8 +27,6 @@ __all__ = [
 ]
 
 Axes = Any
-_INK = "#010203"
-"""Stands for currentColor; no data is drawn in it."""
 _COLORS = ("#8a8f98", "#2f7fdb", "#c9821b")
 """Bare, hybrid, shortened."""
 _PHASES = {
@@ -44,66 +38,7 @@ _ROLLBACK = "#d64545"
 _BINS = 160
 
 
-def draw(
-    fill: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (9, 4)
-) -> str:
-    """One picture as an ``<svg>`` element for an HTML page.
-
-    Args:
-        fill: Draws into the axes.
-        label: What the picture shows, for those who cannot see it.
-        size: Width and height in inches.
-
-    Raises:
-        HybridError: matplotlib is not installed.
-    """
-    figure_module = require("matplotlib.figure", "the report")
-    backend = require("matplotlib.backends.backend_svg", "the report")
-    rc = require("matplotlib", "the report").rc_context
-    settings = {
-        "svg.fonttype": "none",
-        # Ids of clip paths must not collide between the pictures of one page.
-        "svg.hashsalt": label,
-        "font.size": 10,
-        "font.family": ["sans-serif"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **{
-            key: _INK
-            for key in (
-                "text.color",
-                "axes.edgecolor",
-                "axes.labelcolor",
-                "xtick.color",
-                "ytick.color",
-            )
-        },
-    }
-    with rc(settings):
-        figure = figure_module.Figure(figsize=size, layout="constrained")
-        backend.FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        fill(axes)
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.get_frame().set_alpha(0.0)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _inline(buffer.getvalue(), label)
-
-
-def _inline(svg: str, label: str) -> str:
-    """Strip what only a file of its own needs, so that the page refers to nothing."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
-    name = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
-
-
-# -- pieces ------------------------------------------------------------------------------
+# -- pieces ----------------------------------------------------------------------------
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
@@ -111,7 +46,9 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
     smoothed: list[float] = []
     for index in range(len(values)):
         recent = [
-            v for v in values[max(0, index - window + 1) : index + 1] if math.isfinite(v)
+            v
+            for v in values[max(0, index - window + 1) : index + 1]
+            if math.isfinite(v)
         ]
         smoothed.append(sum(recent) / len(recent) if recent else math.nan)
     return smoothed
@@ -124,7 +61,9 @@ def _shade_phases(axes: Axes, records: Sequence[StepRecord]) -> None:
     bins = min(_BINS, len(records))
     present = set()
     for index in range(bins):
-        part = records[index * len(records) // bins : (index + 1) * len(records) // bins]
+        part = records[
+            index * len(records) // bins : (index + 1) * len(records) // bins
+        ]
         for phase, (color, _) in _PHASES.items():
             share = sum(record.phase is phase for record in part) / len(part)
             if share:
@@ -158,7 +97,7 @@ def _grid(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
         axes.legend(fontsize=9)
 
 
-# -- pictures ----------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------
 
 
 def plot_loss_by_step(axes: Axes, comparison: Comparison) -> None:
@@ -175,8 +114,7 @@ def plot_loss_by_step(axes: Axes, comparison: Comparison) -> None:
     _grid(
         axes,
         "scheduled steps",
-        "loss (nats per byte)\n"
-        f"dots: held-out; thin: batches, mean of {window}",
+        f"loss (nats per byte)\ndots: held-out; thin: batches, mean of {window}",
     )
 
 
@@ -189,7 +127,7 @@ def plot_loss_by_cost(axes: Axes, comparison: Comparison) -> None:
         axes.plot(
             [equal.hybrid.cost, equal.bare.cost],
             [equal.loss, equal.loss],
-            color=_INK,
+            color=INK,
             linewidth=1,
             linestyle="--",
             marker="|",
@@ -224,7 +162,7 @@ def plot_forecasts(axes: Axes, records: Sequence[StepRecord]) -> None:
     expected = [pair[0] for pair in pairs]
     measured = [pair[1] for pair in pairs]
     low, high = min(expected + measured), max(expected + measured)
-    axes.plot([low, high], [low, high], color=_INK, linewidth=1, linestyle="--")
+    axes.plot([low, high], [low, high], color=INK, linewidth=1, linestyle="--")
     axes.scatter(expected, measured, s=14, color=_COLORS[1], alpha=0.7, linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
     _grid(
@@ -237,7 +175,7 @@ def plot_forecasts(axes: Axes, records: Sequence[StepRecord]) -> None:
 def forecast_pairs(records: Sequence[StepRecord]) -> list[tuple[float, float]]:
     """(expected, measured) loss where a measurement directly follows a prediction."""
     pairs = []
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in itertools.pairwise(records):
         if before.loss_predicted and not after.loss_predicted:
             pair = (before.loss, after.loss)
             if all(math.isfinite(value) for value in pair):
@@ -271,16 +209,14 @@ def plot_gains(axes: Axes, history: GainHistory) -> None:
     steps = list(history.steps)
     edges = [
         steps[0],
-        *((a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)),
+        *((a + b) / 2 for a, b in itertools.pairwise(steps)),
         steps[-1] + 1,
     ]
     places = list(range(len(rows) + 1))
     mesh = axes.pcolormesh(
         edges, places, rows, norm=norm, cmap="viridis", rasterized=True
     )
-    axes.set_yticks(
-        [place + 0.5 for place in places[:-1]], history.names, fontsize=7
-    )
+    axes.set_yticks([place + 0.5 for place in places[:-1]], history.names, fontsize=7)
     axes.invert_yaxis()
     bar = axes.figure.colorbar(mesh, ax=axes)
     bar.set_label("gain (multiples of the last real step)")

@@ -15,6 +15,7 @@ from hybridopt.errors import ConfigError
 from hybridopt.telemetry import plots
 from hybridopt.telemetry.comparison import Arm, Comparison, Provenance
 from hybridopt.telemetry.narrative import Row, describe, seed_rows, summary_rows
+from hybridopt.telemetry.picture import draw
 from hybridopt.types import Level, Phase, StepRecord
 
 __all__ = ["comparison_report", "metrics_report", "write_report"]
@@ -24,13 +25,16 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8a8f9855; --soft: #8a8f9818; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
   padding: 0 1rem; background: Canvas; color: CanvasText; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
+h2 { margin-top: 2.2rem; font-size: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line);
+  text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 table.text td, table.text th { text-align: left; vertical-align: top; }
 .scroll { overflow-x: auto; } .lead { font-size: 1.1rem; font-weight: 600; }
-.summary { background: var(--soft); border-left: 4px solid #2f7fdb; padding: .6rem 1rem; }
+.summary { background: var(--soft); border-left: 4px solid #2f7fdb;
+  padding: .6rem 1rem; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 figcaption { font-size: .9rem; opacity: .85; }
 code, pre { font: .9em ui-monospace, monospace; background: var(--soft); }
@@ -124,7 +128,7 @@ def write_report(path: str | Path, page: str) -> Path:
     return path.resolve()
 
 
-# -- sections ----------------------------------------------------------------------------
+# -- sections --------------------------------------------------------------------------
 
 
 def _hybrid_sections(records: Sequence[StepRecord]) -> list[str]:
@@ -242,13 +246,13 @@ def _descriptions(arms: Sequence[Arm]) -> str:
     return _table(rows, text=True)
 
 
-# -- html --------------------------------------------------------------------------------
+# -- html ------------------------------------------------------------------------------
 
 
 def _figure(
     fill: Callable[[Any], None], caption: str, size: tuple[float, float] = (9, 4)
 ) -> str:
-    picture = plots.draw(fill, label=caption, size=size)
+    picture = draw(fill, label=caption, size=size)
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

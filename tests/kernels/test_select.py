@@ -41,7 +41,9 @@ def test_select_auto_takes_torch_on_the_cpu_without_an_event():
 
 
 def test_select_cupy_on_the_cpu_says_that_it_needs_a_cuda_device():
-    with pytest.raises(KernelUnavailableError, match=r"device cpu.*kernels='torch'") as e:
+    with pytest.raises(
+        KernelUnavailableError, match=r"device cpu.*kernels='torch'"
+    ) as e:
         select_ops("cupy", CPU)
     assert e.value.recovery is RecoveryAction.FIX_CONFIGURATION
 

@@ -126,7 +126,11 @@ def test_advance_both_ways_write_the_same_bits(monkeypatch):
 def test_advance_lag_is_the_distance_to_the_moving_average():
     generator = torch.Generator().manual_seed(0)
     theta = [torch.randn(9, generator=generator, dtype=torch.float64)]
-    anchor, s, v = [theta[0].clone()], [torch.zeros(9).double()], [torch.zeros(9).double()]
+    anchor, s, v = (
+        [theta[0].clone()],
+        [torch.zeros(9).double()],
+        [torch.zeros(9).double()],
+    )
     average = theta[0].clone()
     for _ in range(20):
         theta[0].add_(torch.randn(9, generator=generator, dtype=torch.float64))
@@ -136,7 +140,9 @@ def test_advance_lag_is_the_distance_to_the_moving_average():
 
 
 @settings(deadline=None, max_examples=40)
-@given(SHAPE_LISTS, DTYPES, st.integers(0, 3), st.booleans(), st.floats(-2, 2, width=32))
+@given(
+    SHAPE_LISTS, DTYPES, st.integers(0, 3), st.booleans(), st.floats(-2, 2, width=32)
+)
 def test_apply_equals_the_twin(shapes, dtypes, directions, strided, scale):
     theta = twin.tensors(shapes, dtypes, 1)
     if strided:

@@ -1,0 +1,160 @@
+"""What a learned model sees of one real step: a row of numbers per tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.dynamics.prior import PriorPredictor
+from hybridopt.dynamics.state import tensor_like
+from hybridopt.history import RunningMoments
+from hybridopt.types import LAG, STEP, Observation
+
+__all__ = ["ACTIONS", "FEATURES", "FeatureExtractor", "symlog"]
+
+FEATURES = (
+    "alignment_step",  # cosine of -g with the last step
+    "alignment_lag",  # cosine of -g with the filtered drift
+    "t_step",  # running mean of alignment_step over its standard error
+    "t_lag",
+    "log_gain_step",  # gain in force while this step's weights were reached
+    "log_gain_lag",
+    "log_gradient_share",  # log ||g_l|| / ||g||
+    "log_step_to_lag",  # log ||s_l|| / ||v_l||
+    "loss_surprise",  # residual of the loss against its trend, in sigma
+    "loss_slope",  # slope of the trend per real step, in sigma
+    "log_gradient_norm",  # against its own running mean
+    "log_lr_ratio",  # learning rate over that of the previous real step
+    "moved_progress",  # progress expected of the moves since then, step equivalents
+    "depth",  # position l / L in the parameter order
+    "log_size",  # log10 of the number of elements
+    "is_vector",  # one-hot of the number of dimensions: <= 1, 2, >= 3
+    "is_matrix",
+    "is_kernel",
+)
+"""Columns of the features, F of them. The first 8 are per tensor, the next 5 global,
+the last 5 fixed. All but the fixed ones are symlog'ed, then standardized by running
+moments pooled over tensors, then clipped to 5 standard deviations."""
+
+ACTIONS = (4, 5, 11, 12)
+"""The columns that say what was done, not what was seen: gains, rate, moves."""
+
+_FIXED = 5
+_GLOBAL = 5
+_LIMIT = 5.0
+_TINY = 1e-60
+
+
+def symlog(values: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|), element by element.
+
+    Source: Hafner et al. 2023 (DreamerV3, arXiv 2301.04104).
+    """
+    return values.sign() * values.abs().log1p()
+
+
+class FeatureExtractor:
+    """Turns observations into standardized (L, F) float32 rows, keeping the moments."""
+
+    MEMORY = 0.99
+
+    def __init__(self, sizes: Sequence[int], ndims: Sequence[int]) -> None:
+        size = len(sizes)
+        rows = [
+            [
+                2.0 * (index + 0.5) / size - 1.0,
+                math.log10(max(numel, 1)) / 4.0 - 1.0,
+                float(ndim <= 1),
+                float(ndim == 2),
+                float(ndim >= 3),
+            ]
+            for index, (numel, ndim) in enumerate(zip(sizes, ndims, strict=True))
+        ]
+        fixed = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        self._fixed = fixed.view(size, _FIXED)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the moments."""
+        moving = len(FEATURES) - _FIXED
+        self._gradient_norm = RunningMoments(0.95)
+        self._moments = torch.zeros(2, moving, dtype=torch.float64, device="cpu")
+        self._count = 0
+
+    def extract(
+        self, observation: Observation, alignment: Tensor, prior: PriorPredictor
+    ) -> Tensor:
+        """(L, F) float32 features of one real step, always finite.
+
+        Args:
+            observation: The step.
+            alignment: Its alignments, (L, J).
+            prior: After it absorbed the step and before its gains grew.
+        """
+        norms = torch.cat(
+            (observation.gradient_sq.unsqueeze(1), observation.basis_sq), 1
+        ).clamp_min(_TINY)
+        logs = norms.log().mul_(0.5)
+        norm = max(observation.gradient_norm, 1e-30)
+        log_norm = math.log(norm) if math.isfinite(norm) else 0.0
+        shared = torch.tensor(
+            self._shared(observation, prior, log_norm),
+            dtype=torch.float64,
+            device="cpu",
+        )
+        raw = torch.cat(
+            (
+                alignment,
+                prior.gains.significance(),
+                prior.gains.gains.clamp_min(1e-6).log(),
+                logs[:, :1] - log_norm,
+                logs[:, 1 + STEP, None] - logs[:, 1 + LAG, None],
+                shared.expand(len(alignment), _GLOBAL),
+            ),
+            1,
+        )
+        moving = symlog(raw.nan_to_num(0.0, 0.0, 0.0))
+        return torch.cat((self._standardize(moving), self._fixed), 1).float()
+
+    def _shared(
+        self, observation: Observation, prior: PriorPredictor, log_norm: float
+    ) -> list[float]:
+        usual = self._gradient_norm.mean if self._gradient_norm.count else log_norm
+        self._gradient_norm.add(log_norm)
+        trend = prior.trend
+        ratio = observation.lr_ratio
+        slope = trend.slope / max(trend.sigma, 1e-12)
+        return [
+            trend.surprise,
+            slope,
+            log_norm - usual,
+            math.log(ratio) if 0.0 < ratio < math.inf else 0.0,
+            observation.moved_progress,
+        ]
+
+    def _standardize(self, values: Tensor) -> Tensor:
+        pooled = torch.stack((values, values * values)).mean(1)
+        self._count += 1
+        weight = (1 - self.MEMORY) / (1 - self.MEMORY**self._count)
+        self._moments = torch.lerp(self._moments, pooled, weight)
+        mean, square = self._moments[0], self._moments[1]
+        std = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0.0).sqrt_()
+        return ((values - mean) / (std + 1e-3)).clamp_(-_LIMIT, _LIMIT)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments."""
+        return {
+            "count": self._count,
+            "moments": self._moments.clone(),
+            "gradient_norm": self._gradient_norm.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; CheckpointError, possibly half-way, on a mismatch."""
+        self._count = int(state["count"])
+        self._moments = tensor_like(state, "moments", self._moments)
+        self._gradient_norm.load_state_dict(state["gradient_norm"])

@@ -1,0 +1,221 @@
+"""The analytic predictor: gains by significance, worth by slopes, loss by its trend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.config import HybridConfig
+from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
+from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains
+from hybridopt.dynamics.state import load_or_undo, tensor_like
+from hybridopt.dynamics.trend import Efficiency, LossTrend
+from hybridopt.types import BASIS_SIZE, LAG, Forecast, Observation, Outcome
+
+__all__ = ["PriorPredictor", "Worth", "check_kind"]
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a correction makes of the efficiency and the loss; plain host numbers."""
+
+    efficiency: float
+    efficiency_lower: float
+    loss: float
+    loss_sigma: float
+
+
+class PriorPredictor:
+    """Gains from gradient alignment; nothing is learned but them (``Prior``).
+
+    The move behind a real step is a_l s_l + b_l (1 - beta) / beta v_l per tensor: the
+    step just made, and the steady drift in the lag. Its first-order worth in step
+    equivalents is w = sum_l c_l . slope_l / sum_l slope_l over slopes that point
+    downhill; what it delivers is w times the measured efficiency.
+
+    ``moving`` is False until the caller sets it: statistics are gathered, but gains
+    stay at their initial value, because gains that grow against the tiny rate of a
+    learning-rate warm-up would multiply the rate that follows.
+
+    Confidence is the lower bound of the efficiency over its mean, and 0 before the
+    first observation: with no alignment seen there is no evidence for any gain.
+    """
+
+    KIND = "prior"
+
+    def __init__(self, config: HybridConfig, sizes: list[int]) -> None:
+        self.gains = AlignmentGains(config, len(sizes))
+        self.trend = LossTrend()
+        self.efficiency = Efficiency()
+        self.moving = False
+        """Whether gains may change; set by the caller once warm-up is over."""
+        self._empty = torch.zeros(
+            len(sizes), BASIS_SIZE, dtype=torch.float64, device="cpu"
+        )
+        self._forget_move()
+
+    def _forget_move(self) -> None:
+        self._lag_dots = self._empty[:, LAG]
+        self._move: Tensor | None = None
+        self._move_slope = math.nan
+
+    # -- Predictor -----------------------------------------------------------------
+
+    def observe(self, observation: Observation) -> None:
+        """Learn from one accepted real step."""
+        self.absorb(observation, observation.alignment)
+        self.grow(observation.lr_ratio)
+
+    def forecast(self, slopes: Tensor) -> Forecast:
+        """Propose the move behind the base step just taken.
+
+        Repeating the call gives the same answer. What it writes is only the record of
+        the proposed move, by which the next observation measures the efficiency.
+        """
+        return self.forecast_with(slopes, self.worth(None), 1.0, None)
+
+    def feedback(self, outcome: Outcome) -> None:
+        """A rollback quarters the gains, restarts the alignments, and counts as an
+        efficiency of zero; other outcomes were measured by ``observe`` already.
+        """
+        if outcome.rolled_back:
+            self.gains.shrink()
+            self.efficiency.add_sample(0.0)
+            self.efficiency.skip()
+            self._forget_move()
+
+    def reset(self) -> None:
+        """Forget everything but ``moving``, which is the caller's."""
+        self.gains.reset()
+        self.trend = LossTrend()
+        self.efficiency = Efficiency()
+        self._forget_move()
+
+    # -- parts that a learned predictor puts its correction between ----------------
+
+    def surprise(self, alignment: Tensor) -> Tensor | None:
+        """(L, J) residuals of new alignments against the running mean, in running
+        standard deviations; None while there is no running mean. Changes nothing.
+        """
+        if self.gains.count == 0:
+            return None
+        return (alignment - self.gains.mean) / (self.gains.deviation + DEVIATION_FLOOR)
+
+    def absorb(self, observation: Observation, alignment: Tensor) -> None:
+        """Take in the statistics of one real step; gains stay."""
+        if observation.moved_progress != 0.0 and self._move is not None:
+            end = -float((self._move * observation.dots).sum())
+            self.efficiency.add(self._move_slope, end)
+        else:
+            self.efficiency.skip()
+        self._move = None
+        self._lag_dots = observation.dots[:, LAG]
+        self.gains.absorb(alignment)
+        self.trend.add(observation.loss)
+
+    def grow(self, lr_ratio: float, significance: Tensor | None = None) -> None:
+        """Move the gains, by the prior's own t-values unless others are given.
+
+        Two observations are needed: one has no spread to be significant against.
+        """
+        if not self.moving:
+            return
+        self.gains.hold_rate(lr_ratio)
+        if self.gains.count > 1:
+            if significance is None:
+                significance = self.gains.significance()
+            self.gains.grow(significance)
+
+    def worth(self, correction: Correction | None) -> Worth:
+        """Expected efficiency and loss, corrected where a correction is given.
+
+        The per-tensor statements about these two global numbers are averaged.
+        """
+        mean, error = self.efficiency.mean, self.efficiency.error
+        loss, sigma = self.trend.expected, self.trend.sigma
+        if correction is not None:
+            said = torch.stack(
+                (correction.mean, correction.log_scale, correction.spread)
+            ).mean(1)
+            means, scales, spreads = said.tolist()
+            unit = self.efficiency.spread
+            mean = min(max(mean + unit * means[CHANNEL_EFFICIENCY], 0.0), 1.0)
+            error += unit * spreads[CHANNEL_EFFICIENCY]
+            if math.isfinite(sigma):
+                loss += sigma * means[CHANNEL_LOSS]
+                sigma *= math.exp(scales[CHANNEL_LOSS]) + spreads[CHANNEL_LOSS]
+        return Worth(mean, max(0.0, mean - error), loss, sigma)
+
+    def forecast_with(
+        self, slopes: Tensor, worth: Worth, confidence: float, latent: Tensor | None
+    ) -> Forecast:
+        """Assemble the forecast from its parts and record the proposed move."""
+        coefficients = self.gains.coefficients()
+        begin = slopes.unsqueeze(1)
+        if self.gains.drift_enabled:
+            # v = beta (v_before + s), so -<g, v> needs no pass over the weights.
+            lag = (slopes - self._lag_dots).mul_(self.gains.beta)
+            begin = torch.stack((slopes, lag), 1)
+        decrease = coefficients * begin
+        self._move, self._move_slope = coefficients, float(decrease.sum())
+        total = float(slopes.clamp_min(0.0).sum())
+        first_order = (
+            float(decrease.clamp_min_(0.0).sum()) / total if total > 0 else 0.0
+        )
+        if not math.isfinite(first_order):
+            first_order = 0.0
+        known = self.gains.count > 0 and worth.efficiency > 0.0
+        bound = worth.efficiency_lower / worth.efficiency if known else 0.0
+        return Forecast(
+            coefficients=coefficients,
+            confidence=confidence * bound,
+            progress=first_order * worth.efficiency,
+            progress_lower=first_order * worth.efficiency_lower,
+            loss=worth.loss,
+            loss_sigma=worth.loss_sigma,
+            latent=latent,
+        )
+
+    def loss_path(self, horizon: int) -> tuple[list[float], list[float]]:
+        """Expected losses of the next ``horizon`` real steps, standard deviations."""
+        return self.trend.path(horizon)
+
+    # -- state ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gains, statistics, and the move that the next observation judges."""
+        return {
+            "kind": self.KIND,
+            "moving": self.moving,
+            "gains": self.gains.state_dict(),
+            "trend": self.trend.state_dict(),
+            "efficiency": self.efficiency.state_dict(),
+            "lag_dots": self._lag_dots.clone(),
+            "move": None if self._move is None else self._move.clone(),
+            "move_slope": self._move_slope,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; raises CheckpointError and changes nothing on a mismatch."""
+        load_or_undo(self._load, state, self.state_dict())
+
+    def _load(self, state: dict[str, Any]) -> None:
+        check_kind(state, self.KIND)
+        self.gains.load_state_dict(state["gains"])
+        self.trend.load_state_dict(state["trend"])
+        self.efficiency.load_state_dict(state["efficiency"])
+        self._lag_dots = tensor_like(state, "lag_dots", self._empty[:, LAG])
+        move = state["move"]
+        self._move = None if move is None else tensor_like(state, "move", self._empty)
+        self._move_slope = float(state["move_slope"])
+        self.moving = bool(state["moving"])
+
+
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    """Raises CheckpointError (through its callers) unless ``state`` is of ``kind``."""
+    if state["kind"] != kind:
+        raise ValueError(f"kind={state['kind']!r}: must be {kind!r}")

@@ -1,0 +1,237 @@
+"""The CUDA backend: fused multi-tensor kernels, compiled on first use through CuPy.
+
+CuPy compiles and launches, nothing else: kernels run on torch's current stream over
+torch memory, results and scratch space come from torch's allocator, and nothing waits
+for the device. The only module that imports cupy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybridopt.errors import KernelUnavailableError
+from hybridopt.kernels.fused import AdamWStep, BaseStep, BaseTensors
+from hybridopt.kernels.launch import Launcher
+from hybridopt.kernels.torch_ops import TorchOps
+
+__all__ = ["CupyOps"]
+
+_MAX_DIRECTIONS = 8
+"""More directions than this do not fit into registers; torch serves such calls."""
+
+
+class CupyOps:
+    """Implements ``hybridopt.protocols.Ops`` with fused CUDA kernels.
+
+    Calls that the kernels do not serve (float64, other strides per operand, operands on
+    several devices) run on ``TorchOps``. Holds compiled kernels and address tables,
+    nothing that influences a result.
+    """
+
+    name = "cupy"
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise KernelUnavailableError(
+                f"kernels='cupy' on device {device}: needs a CUDA device. "
+                "Move the model there, or use kernels='torch' or 'auto'."
+            )
+        try:
+            import cupy
+        except ImportError as error:
+            raise KernelUnavailableError(
+                f"kernels='cupy': cupy cannot be imported ({error}). Install "
+                "hybridopt[cuda12] or hybridopt[cuda13], whichever CUDA torch was "
+                "built for, or use kernels='torch' or 'auto'."
+            ) from error
+        self.device = device
+        self._reference = TorchOps()
+        try:
+            if device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            self.launcher = Launcher(cupy, self.device)
+            # A broken set-up shows here and by its cause, not in the training loop.
+            found = self.observe([torch.ones(3, device=self.device)], [])[0, 0].item()
+        except Exception as error:
+            raise KernelUnavailableError(
+                f"kernels='cupy' on device {device}: a trial kernel failed "
+                f"({type(error).__name__}: {error}). Install the cupy wheel for your "
+                "CUDA version, or use kernels='torch' or 'auto'."
+            ) from error
+        if found != 3.0:
+            raise KernelUnavailableError(
+                f"kernels='cupy' on device {device}: a trial kernel gave {found}, not "
+                "3.0. Use kernels='torch' or 'auto' and report this."
+            )
+
+    def __reduce__(self) -> tuple[type[CupyOps], tuple[torch.device]]:
+        """Copies and pickles are built anew: compiled kernels belong to a process."""
+        return (CupyOps, (self.device,))
+
+    @torch.no_grad()
+    def observe(
+        self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """Inner products of the gradient with every basis direction, in one pass.
+
+        Returns:
+            (L, 1 + 2 J) float32 on the device: ||g||^2, <g, b_j>, ||b_j||^2.
+
+        Cost: reads each gradient and direction once (fp32 gradient, two bf16
+        directions: 8 bytes per weight); two launches.
+        """
+        count, width = len(basis), 1 + 2 * len(basis)
+        if count > _MAX_DIRECTIONS:
+            return self._reference.observe(gradients, basis)
+        run = self.launcher
+        with run.on_stream() as stream:
+            table = run.table(stream, [gradients, *basis], _alike(1, count))
+            if table is None:
+                return self._reference.observe(gradients, basis)
+            partials = run.floats(table.layout.chunks * width)
+            for group in table.layout.groups:
+                grad, *rest = group.formats
+                variant = ((grad, grad, rest[0] if rest else grad), count)
+                run.sweep("observe", table, group, variant, partials.data_ptr())
+            result = run.floats(len(gradients), width)
+            run.total(table, partials, width, result)
+        return result
+
+    @torch.no_grad()
+    def advance(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        anchor: Sequence[Tensor],
+        step: Sequence[Tensor],
+        lag: Sequence[Tensor],
+        beta: float,
+    ) -> Tensor:
+        """Do s <- theta - anchor, v <- beta (v + s), anchor <- theta in one pass.
+
+        Returns:
+            (L, 3) float32 on the device: <g, s>, ||s||^2, ||v||^2 of what is stored.
+
+        Cost: reads theta, g, anchor, v and writes s, v, anchor once (fp32 weights, bf16
+        directions: 22 bytes per weight); two launches.
+        """
+        lists = [parameters, gradients, anchor, step, lag]
+        run = self.launcher
+        with run.on_stream() as stream:
+            table = run.table(stream, lists, ((0, 2), (3, 4)))
+            if table is None:
+                return self._reference.advance(
+                    parameters, gradients, anchor, step, lag, beta
+                )
+            partials = run.floats(table.layout.chunks * 3)
+            for group in table.layout.groups:
+                variant = ((group.formats[0], group.formats[1], group.formats[3]), 0)
+                share = run.number(beta)
+                run.sweep("advance", table, group, variant, partials.data_ptr(), share)
+            result = run.floats(len(parameters), 3)
+            run.total(table, partials, 3, result)
+        _mark_written(step, lag, anchor)
+        return result
+
+    @torch.no_grad()
+    def apply(
+        self,
+        parameters: Sequence[Tensor],
+        basis: Sequence[Sequence[Tensor]],
+        coefficients: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
+
+        A direction whose coefficient is exactly zero for a tensor counts as zero there
+        and is not read. Inside a graph capture the coefficients must be on the device.
+
+        Returns:
+            (L + 1,) float32 on the device: ||delta_l||^2, then the written flag.
+
+        Cost: reads theta and the directions twice, writes theta once (fp32 weights, two
+        bf16 directions: 20 bytes per weight); three launches. No host decision.
+        """
+        count = len(basis)
+        if count > _MAX_DIRECTIONS:
+            return self._reference.apply(parameters, basis, coefficients, scale)
+        run = self.launcher
+        with run.on_stream() as stream:
+            table = run.table(stream, [parameters, *basis], _alike(1, count))
+            if table is None:
+                return self._reference.apply(parameters, basis, coefficients, scale)
+            factors, share = run.factors(coefficients), run.number(scale)
+            partials = run.floats(table.layout.chunks * 2)
+            result = run.floats(len(parameters) + 1)
+            flag = result.data_ptr() + 4 * len(parameters)
+
+            def sweep(name: str, target: int) -> None:
+                for group in table.layout.groups:
+                    param, *rest = group.formats
+                    variant = ((param, param, rest[0] if rest else param), count)
+                    args = (target, factors.data_ptr(), share)
+                    run.sweep(f"apply.{name}", table, group, variant, *args)
+
+            sweep("judge", partials.data_ptr())
+            run.verdict(table, partials, result)
+            sweep("commit", flag)
+        _mark_written(parameters)
+        return result
+
+    @torch.no_grad()
+    def copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+        """target_l <- source_l for all l, bit for bit when the dtypes agree.
+
+        Cost: one read, one write, one launch.
+        """
+        run = self.launcher
+        with run.on_stream() as stream:
+            table = run.table(stream, [source, target])
+            if table is None:
+                self._reference.copy(source, target)
+                return
+            for group in table.layout.groups:
+                variant = ((group.formats[0], group.formats[0], group.formats[1]), 0)
+                run.sweep("copy", table, group, variant)
+        _mark_written(target)
+
+    @torch.no_grad()
+    def base_move(
+        self, tensors: BaseTensors, step: BaseStep, coefficients: Tensor, scale: float
+    ) -> bool:
+        """One base step and the predicted move behind it (``fused.fused_move``).
+
+        Returns:
+            False if the kernels do not serve these tensors; then nothing was written.
+        """
+        moments = step.moments(tensors)
+        count, start = len(tensors.directions), 2 + len(moments)
+        lists = [tensors.parameters, tensors.gradients, *moments, *tensors.directions]
+        same = (*((0, 2 + m) for m in range(len(moments))), *_alike(start, count))
+        run = self.launcher
+        with run.on_stream() as stream:
+            table = run.table(stream, lists, same)
+            if table is None or count > _MAX_DIRECTIONS:
+                return False
+            factors = run.factors(coefficients)
+            numbers = [run.number(x) for x in (scale, *step.numbers())]
+            for group in table.layout.groups:
+                param, grad = group.formats[:2]
+                basis = group.formats[start] if count else param
+                variant = ((param, grad, basis), count, isinstance(step, AdamWStep))
+                run.sweep("base", table, group, variant, factors.data_ptr(), *numbers)
+        _mark_written(tensors.parameters, *moments)
+        return True
+
+
+def _alike(start: int, count: int) -> tuple[tuple[int, int], ...]:
+    """Pairs that make ``count`` operands from ``start`` on share one format."""
+    return tuple((start, j) for j in range(start + 1, start + count))
+
+
+def _mark_written(*lists: Sequence[Tensor]) -> None:
+    """Bump version counters: autograd does not see what a raw kernel writes."""
+    torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])

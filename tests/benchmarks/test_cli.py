@@ -1,0 +1,124 @@
+"""The command line, from arguments to result files, on the smallest case."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import cli
+from benchmarks.cases import CASES, select
+from benchmarks.runner import Point, Run
+from benchmarks.suite import CaseResult
+from benchmarks.summary import TARGETS, arm_figures, class_figures, same_steps
+
+SMALL = ["--seeds", "2", "--step-scale", "0.02", "--budgets", "0.5,1,2"]
+
+
+def test_run_writes_json_markdown_and_plot(tmp_path, capsys):
+    arguments = ["run", "control-minimax", "--arms", "base,ema", *SMALL]
+    assert cli.main([*arguments, "--out", str(tmp_path), "--name", "smoke"]) == 0
+    names = sorted(p.suffix for p in tmp_path.iterdir())
+    assert names[:2] == [".json", ".md"]
+    values = json.loads(next(tmp_path.glob("*.json")).read_text())
+    for key in ("command", "commit", "seeds", "hardware", "versions", "date"):
+        assert values["meta"][key]
+    runs = values["cases"][0]["runs"]
+    assert len(runs) == 2 * (3 + 1)
+    assert {r["arm"] for r in runs} == {"base", "ema"}
+    assert "control-minimax" in capsys.readouterr().out
+
+
+def test_report_rebuilds_the_same_table(tmp_path, capsys):
+    arguments = ["run", "control-minimax", "--arms", "base,ema", *SMALL]
+    cli.main([*arguments, "--out", str(tmp_path)])
+    document = next(tmp_path.glob("*.md")).read_text()
+    capsys.readouterr()
+    assert cli.main(["report", str(next(tmp_path.glob("*.json")))]) == 0
+    assert capsys.readouterr().out.strip() == document.strip()
+
+
+def test_list_names_every_case(capsys):
+    assert cli.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in CASES)
+
+
+def test_tune_prints_one_line_per_rate(capsys):
+    rates = ["--rates", "0.001,0.01"]
+    cli.main(
+        ["tune", "control-minimax", *rates, "--seeds", "1", "--step-scale", "0.01"]
+    )
+    assert capsys.readouterr().out.count("control-minimax") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "no-such-case"], ["run", "control-minimax", "--arms", "no-such-arm"]],
+)
+def test_wrong_names_end_with_status_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "no-such" in capsys.readouterr().err
+
+
+def test_every_class_has_a_case_at_quick_scale():
+    families = {case.family for case in select([], "quick")}
+    assert families >= set(TARGETS)
+
+
+def test_select_by_exact_name_takes_only_that_case():
+    assert [c.name for c in select(["pretrain-wsd"], "quick")] == ["pretrain-wsd"]
+    assert len(select(["controls"], "quick")) == 4
+
+
+def finished(arm: str, fraction: float, steps: int, backwards: int, loss: float) -> Run:
+    run = Run("case", arm, 0, fraction, steps, 1e-3)
+    run.backwards = run.forwards = backwards
+    run.cost, run.wall_s, run.process_s = float(backwards), backwards * 0.1, backwards
+    run.final_loss = loss
+    run.points = [Point(steps, run.cost, run.wall_s, run.process_s, loss)]
+    return run
+
+
+def example(headline: float = 1.0) -> CaseResult:
+    runs = [
+        finished("base", f, round(100 * f), round(100 * f), 4 - f) for f in (0.5, 1, 2)
+    ]
+    runs.append(finished("hybrid", 1.0, 100, 15, 3.0))
+    return CaseResult(
+        "case", "fine-tuning, conservative", "schedule", headline, "", runs
+    )
+
+
+def test_figures_of_a_known_case():
+    hybrid = next(f for f in arm_figures(example()) if f.arm == "hybrid")
+    assert hybrid.backward_reduction == pytest.approx(0.85)
+    assert hybrid.cost_speedup.value == pytest.approx(100 / 15)
+    assert hybrid.wall_speedup.value == pytest.approx(100 / 15)
+    assert hybrid.base_loss == 3.0
+
+
+def test_class_verdict_compares_with_the_target():
+    (passed,) = class_figures([example()], "hybrid")
+    assert passed.verdict == "pass"
+    slower = example()
+    slower.runs[-1] = finished("hybrid", 1.0, 100, 50, 3.0)
+    (failed,) = class_figures([slower], "hybrid")
+    assert failed.verdict == "fail"
+
+
+def test_a_failed_run_fails_its_class():
+    broken = example()
+    broken.runs[-1].failure = "RuntimeError: broke"
+    (figures,) = class_figures([example(), broken], "hybrid")
+    assert figures.verdict in ("pass", "fail")
+    assert figures.worst == 0.0
+
+
+def test_same_steps_asks_for_fewer_backwards_at_no_higher_loss():
+    assert same_steps([example()])["case"].verdict == "pass"
+    worse = example()
+    worse.runs[-1].final_loss = 3.01
+    assert same_steps([worse])["case"].verdict == "fail"
