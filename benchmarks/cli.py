@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="comma-separated names; 'peers' and 'ablations' stand for all of them",
     )
     running.add_argument("--out", type=Path, default=_RESULTS, help="results folder")
+    running.add_argument("--no-plots", action="store_true", help="tables only")
     running.add_argument("--name", help="file name instead of the case's")
     running.set_defaults(action=_run)
 
@@ -139,7 +140,8 @@ def _run(parsed: argparse.Namespace) -> int:
         results.append(run_case(case, options, _progress))
         if results[-1].skipped:
             print(f"  skipped: {results[-1].skipped}", flush=True)
-        draw_case(results[-1], parsed.out / f"{stem}_{case.name}.svg")
+        if not parsed.no_plots:
+            draw_case(results[-1], parsed.out / f"{stem}_{case.name}.svg")
         _write(parsed.out / stem, meta, results)
     print(document(meta, results))
     print(f"written: {parsed.out / stem}.json, .md and plots")

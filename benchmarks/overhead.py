@@ -10,7 +10,6 @@ at every step, real and predicted ones apart. On CUDA a profile counts the host'
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
@@ -256,9 +255,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         found.append(asdict(figures))
         print(_line(figures), flush=True)
-        if options.device == "cuda":
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.empty_cache()
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0
@@ -269,8 +265,8 @@ def _line(o: Overhead) -> str:
     return (
         f"{o.model}: bare {1e3 * o.bare_s:.3f} ms, wrapped {1e3 * o.wrapped_s:.3f} ms, "
         f"ratio {o.ratio:.4f} [{low:.4f}, {high:.4f}], own host time "
-        f"{1e6 * o.host_s:.0f} us; synchronized real {1e3 * o.real_s:.3f} ms, predicted "
-        f"{1e3 * o.predicted_s:.3f} ms ({100 * o.predicted_share:.0f} %); memory "
+        f"{1e6 * o.host_s:.0f} us; synchronized real {1e3 * o.real_s:.3f} ms, "
+        f"predicted {1e3 * o.predicted_s:.3f} ms ({100 * o.predicted_share:.0f} %); memory "
         f"+{o.extra_copies:.2f} weight copies; waits {o.waits_bare:.1f} -> "
         f"{o.waits_wrapped:.1f}, copies to host {o.transfers_bare:.1f} -> "
         f"{o.transfers_wrapped:.1f} per step"

@@ -172,6 +172,8 @@ class ClassFigures:
     worst: float
     """Smallest wall speedup of a case in the class."""
     target: Target | None
+    failed: bool = False
+    """Whether the arm broke, or could not be judged, on a case of the class."""
 
     @property
     def verdict(self) -> str:
@@ -179,13 +181,14 @@ class ClassFigures:
         if self.target is None:
             return "-"
         enough = self.wall.value >= self.target.must and self.wall.bound != "at_most"
-        return "pass" if enough and self.worst >= self.target.floor else "fail"
+        enough = enough and self.worst >= self.target.floor and not self.failed
+        return "pass" if enough else "fail"
 
 
 def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]:
     """Geometric means over each class at its headline length.
 
-    A case on which the arm failed is left out of the mean but makes ``worst`` zero.
+    A case on which the arm broke is left out of the mean and fails the class.
     """
     classes: list[ClassFigures] = []
     for family in dict.fromkeys(r.family for r in results):
@@ -200,7 +203,6 @@ def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]
         wall = [f.wall_speedup for f in figures if f.wall_speedup is not None]
         if not cost or not wall:
             continue
-        failed = len(wall) < len(figures)
         classes.append(
             ClassFigures(
                 family,
@@ -208,8 +210,9 @@ def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]
                 tuple(f.case for f in figures),
                 geometric_mean(cost),
                 geometric_mean(wall),
-                0.0 if failed else min(e.value for e in wall),
+                min(e.value for e in wall),
                 TARGETS.get(family),
+                len(wall) < len(figures),
             )
         )
     return classes

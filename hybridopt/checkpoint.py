@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridopt.codec import decode, encode
+from hybridopt.distributed import is_zero, keep_outer_state, restore_outer_state
 from hybridopt.errors import CheckpointError
 from hybridopt.run import Run
 from hybridopt.telemetry import events
+from hybridopt.weights.space import KEYS
 
 __all__ = ["BLOB_KEY", "load_into", "save_into"]
 
@@ -25,7 +27,8 @@ def save_into(run: Run) -> dict[str, Any]:
         text = encode(run.state_dict())
         for group in run.base.param_groups:
             group[BLOB_KEY] = text
-    return run.base.state_dict()
+    saved = run.base.state_dict()
+    return keep_outer_state(run.base, saved, KEYS) if is_zero(run.base) else saved
 
 
 def load_into(run: Run, rebuild: Callable[[], Run], state: dict[str, Any]) -> Run:
@@ -42,7 +45,10 @@ def load_into(run: Run, rebuild: Callable[[], Run], state: dict[str, Any]) -> Ru
     fresh = rebuild()
     if text:
         _fill(fresh, decode(text))
-    run.base.load_state_dict(state)
+    if is_zero(run.base):
+        restore_outer_state(run.base, state, KEYS)
+    else:
+        run.base.load_state_dict(state)
     if not run.config.enabled:
         return fresh
     for group in run.base.param_groups:

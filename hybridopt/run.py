@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.controller import CONTEXT_SIZE
-from hybridopt.distributed import build_collective, reduction_weights
+from hybridopt.distributed import (
+    build_collective,
+    is_first,
+    reduction_weights,
+    require_same_tensors,
+)
 from hybridopt.dynamics import build_predictor
 from hybridopt.errors import CheckpointError
 from hybridopt.guard import DivergenceMonitor
@@ -99,8 +105,12 @@ class Run:
     last_loss: float = float("nan")
     forward_form: bool = False
     """Whether the last real step came from a forward closure."""
-    consumed: list[tuple[int, int]] = field(default_factory=list)
-    """(id, version) of the gradients that the last real step used up."""
+    consumed: list[tuple[TensorWeakRef, int]] = field(default_factory=list)
+    """The gradients that the last real step used up, each with its version."""
+    settled: bool = False
+    """Whether ranks were compared and ``shares`` follows how parameters are sharded."""
+    refused: bool = False
+    """Whether this rank refused a move, as not finite, since the last real step."""
     buffers: list[Tensor] = field(default_factory=list)
     """Model buffers as they were when the anchor was set."""
     secant_loss: float = float("nan")
@@ -147,26 +157,85 @@ class Run:
 
     def mark_consumed(self) -> None:
         """Remember which gradients belong to the real step just taken."""
+        # Weak references, because a freed gradient's id is given to the next one.
         self.consumed = [
-            (id(p.grad), p.grad._version)
+            (TensorWeakRef(p.grad), p.grad._version)
             for p in self.space.parameters()
             if p.grad is not None
         ]
 
     def fresh_gradients(self) -> bool:
         """Whether the user produced gradients since the last real step."""
-        present = [
-            (id(p.grad), p.grad._version)
-            for p in self.space.parameters()
-            if p.grad is not None
-        ]
-        return bool(present) and present != self.consumed
+        present = [p.grad for p in self.space.parameters() if p.grad is not None]
+        if len(present) != len(self.consumed):
+            return bool(present)
+        return any(
+            reference() is not gradient or version != gradient._version
+            for gradient, (reference, version) in zip(
+                present, self.consumed, strict=True
+            )
+        )
 
     def clear_gradients(self) -> None:
         """Leave no gradient behind a predicted step."""
         for p in self.space.parameters():
             p.grad = None
         self.consumed = []
+
+    # -- ranks -----------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Compare the ranks' parameters and weigh their sums, at the first real step.
+
+        Not at construction: frameworks shard parameters after the optimizer is built.
+
+        Raises:
+            ConfigError: Ranks wrap different lists of parameters.
+        """
+        if self.settled:
+            return
+        parameters = self.space.parameters()
+        require_same_tensors(self.collective, [p.shape for p in parameters])
+        self.shares = reduction_weights(
+            [shard_share(p) for p in parameters], self.collective.world_size
+        )
+        self.settled = True
+
+    @property
+    def sharded(self) -> bool:
+        """Whether some parameter is spread over ranks, so that local sums differ."""
+        return self.collective.world_size > 1 and any(
+            hasattr(p, "placements") for p in self.space.parameters()
+        )
+
+    def _whole_slopes(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Weight space's state with its pending local slopes summed over ranks.
+
+        One file serves every rank, so it must not hold one rank's share. A collective,
+        but only where saving is one anyway: under sharding every rank takes part.
+        """
+        if not self.sharded:
+            return state
+        slopes = [
+            [rows, self.collective.sum(values * self.shares[rows, 0].to(values.dtype))]
+            for rows, values in state["slopes"]
+        ]
+        return {**state, "slopes": slopes}
+
+    def _own_slopes(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Undo ``_whole_slopes``: the first rank holds the whole sum, the rest zero."""
+        if not self.sharded:
+            return state
+        weights = reduction_weights(
+            [shard_share(p) for p in self.space.parameters()],
+            self.collective.world_size,
+        )
+        first = float(is_first(self.collective))
+        slopes = [
+            [rows, values * first / weights[rows, 0].to(values.dtype)]
+            for rows, values in state["slopes"]
+        ]
+        return {**state, "slopes": slopes}
 
     # -- time ----------------------------------------------------------------------
 
@@ -182,7 +251,7 @@ class Run:
         return {
             "size": int(self.shares.shape[0]),
             "enabled": self.enabled,
-            "space": self.space.state_dict(),
+            "space": self._whole_slopes(self.space.state_dict()),
             "predictor": self.predictor.state_dict(),
             "predictor_kind": type(self.predictor).__name__,
             "controller": self.controller.state_dict(),
@@ -224,7 +293,7 @@ class Run:
                 "secant and memory_budget settings that it was saved with."
             )
         self.enabled = bool(state["enabled"])
-        self.space.load_state_dict(state["space"])
+        self.space.load_state_dict(self._own_slopes(state["space"]))
         self.predictor.load_state_dict(state["predictor"])
         self.controller.load_state_dict(state["controller"])
         self.monitor.load_state_dict(state["monitor"])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridopt.errors import ConfigError
+from hybridopt.protocols import Collective
+
 __all__ = [
     "LocalCollective",
     "TorchCollective",
+    "any_rank",
     "build_collective",
+    "is_first",
     "reduction_weights",
+    "require_same_tensors",
 ]
 
 
@@ -36,6 +43,7 @@ class TorchCollective:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
         backend = str(dist.get_backend(group))
         # NCCL moves device tensors only; the values are a few hundred numbers.
         self._device = torch.device("cuda" if "nccl" in backend else "cpu")
@@ -64,18 +72,80 @@ def build_collective(
     """The given process group, else the default one where several processes run."""
     if group is not None:
         return TorchCollective(group)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _several_processes():
         return TorchCollective(None)
     return LocalCollective()
 
 
-def reduction_weights(shares: Sequence[float], world_size: int) -> Tensor:
+def _several_processes() -> bool:
+    return (
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    )
+
+
+def reduction_weights(shards: Sequence[float], world_size: int) -> Tensor:
     """(L, 1) weights that turn local sums into shares of the global sum.
 
+    A tensor of s different shards is held by world_size / s ranks each, so every local
+    sum counts s / world_size: 1 when all ranks hold different shards (FSDP), 1 /
+    world_size when all hold the whole (DDP), in between for hybrid sharding.
+
     Args:
-        shares: ``weights.local.shard_share`` per tensor; 0.0 marks a tensor that every
-            rank holds whole.
+        shards: ``weights.local.shard_share`` per tensor.
         world_size: Number of ranks in the sum.
     """
-    weights = [share if share > 0.0 else 1.0 / world_size for share in shares]
-    return torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    weights = torch.tensor(list(shards), dtype=torch.float64) / world_size
+    return weights.unsqueeze(1)
+
+
+def is_first(collective: Collective) -> bool:
+    """Whether this is the first rank of the collective's group."""
+    return not isinstance(collective, TorchCollective) or collective.rank == 0
+
+
+def any_rank(collective: Collective, flag: bool) -> bool:
+    """Whether the flag is set on some rank; the same answer on every rank.
+
+    Every rank must call it: it is one all-reduce of one number.
+    """
+    if collective.world_size == 1:
+        return flag
+    count = collective.sum(torch.tensor([float(flag)], dtype=torch.float64))
+    return bool(count[0] > 0.0)
+
+
+def require_same_tensors(
+    collective: Collective, shapes: Sequence[Sequence[int]]
+) -> None:
+    """Make sure that every rank wraps the same list of parameters; one all-reduce.
+
+    Sums over ranks pair tensors by their place in the list. Different lists would hang
+    or, worse, mix statistics of different tensors.
+
+    Args:
+        collective: The ranks that have to agree.
+        shapes: Global shape of every parameter, in group order.
+
+    Raises:
+        ConfigError: On every rank, when one differs; or when the process group was
+            created after this optimizer, which then takes itself to be alone.
+    """
+    if collective.world_size == 1:
+        if isinstance(collective, LocalCollective) and _several_processes():
+            raise ConfigError(
+                "process_group=None: torch.distributed was initialized after this "
+                "optimizer was built, so its ranks could not agree. Call "
+                "init_process_group first, or pass process_group=."
+            )
+        return
+    # With x a 24-bit checksum per rank, all are equal if and only if the mean of x^2
+    # is the square of the mean; integers of this size are exact in float64.
+    text = ";".join(",".join(map(str, shape)) for shape in shapes)
+    checksum = float(zlib.crc32(text.encode()) & 0xFFFFFF)
+    sums = collective.sum(torch.tensor([checksum, checksum**2], dtype=torch.float64))
+    if float(sums[1]) * collective.world_size != float(sums[0]) ** 2:
+        raise ConfigError(
+            f"base_optimizer of {len(shapes)} parameter tensors on this rank: all ranks "
+            "must wrap the same list of parameters. Around a ZeroRedundancyOptimizer "
+            "use HybridPredictOptimizer(ZeroRedundancyOptimizer(...)), not the reverse."
+        )

@@ -66,7 +66,7 @@ class Launcher:
 
     @contextmanager
     def on_stream(self) -> Iterator[int]:
-        """Make torch's device and stream CuPy's as well; yields the stream's address."""
+        """Make torch's device and stream CuPy's too; yields the stream's address."""
         with torch.cuda.device(self.device):
             pointer = torch.cuda.current_stream(self.device).cuda_stream
             stream = self._streams.get(pointer)
@@ -74,6 +74,10 @@ class Launcher:
                 stream = self._streams[pointer] = self._wrap(pointer)
             with stream:
                 yield pointer
+
+    def capturing(self) -> bool:
+        """Whether launches go into a CUDA graph instead of onto the device."""
+        return torch.cuda.is_current_stream_capturing()
 
     def floats(self, *shape: int) -> Tensor:
         """Uninitialized float32 from torch's allocator."""
@@ -104,14 +108,15 @@ class Launcher:
             lists: One list of tensors per operand.
             same: Pairs of operands that must have equal formats.
         """
-        if torch.cuda.is_current_stream_capturing():
+        if self.capturing():
             return self._build(lists, same)
-        key = (stream, self.chunk_size, *(_fingerprint(ts) for ts in lists))
+        prints = [_fingerprint(tensors) for tensors in lists]
+        key = (stream, self.chunk_size, tuple(same), *prints)
         table = self._tables.get(key)
         if table is None:
             table = self._build(lists, same)
             # Strides are not part of a fingerprint, so only contiguous calls are kept.
-            if table is not None and all(f[-1] for f in key[2:]):
+            if table is not None and all(p[-1] for p in prints):
                 self._tables[key] = table
                 if len(self._tables) > _TABLES:
                     self._tables.popitem(last=False)
@@ -143,7 +148,7 @@ class Launcher:
         kernel((group.chunks,), (_THREADS,), (*head, *args))
 
     def total(self, table: Table, partials: Tensor, width: int, result: Tensor) -> None:
-        """Add the partial sums of each tensor's chunks up into its row of ``result``."""
+        """Add up the partial sums of each tensor's chunks into its row."""
         args = (*table.head(), partials.data_ptr(), width, result.data_ptr())
         if table.layout.tensors:
             self._plan("total")((table.layout.tensors,), (_THREADS,), args)

@@ -20,8 +20,8 @@ FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Formats that the kernels read and write, by the name they have in the source."""
 
 _CHUNKS = ((1 << 24, 4096), (1 << 28, 16384), (1 << 62, 32768))
-"""Chunk size by the number of weights below which it is used: small models need many
-chunks to fill the device, large ones few, since each costs a look-up and partial sums."""
+"""Chunk size by the number of weights up to which it is used: small models need many
+chunks to fill the device, large ones few, since each costs a look-up and some sums."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class TrustWeights:
         self._n = grown
 
     def state_dict(self) -> dict[str, Any]:
-        """z and n."""
+        """The sums z and n."""
         return {"z": self._z.clone(), "n": self._n.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

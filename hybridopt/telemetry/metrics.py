@@ -88,7 +88,7 @@ class MetricsSink:
         self._pending.clear()
 
     def close(self) -> None:
-        """Write what is pending. May be called again; ``write`` still works after it."""
+        """Write what is pending; ``write`` and ``close`` still work afterwards."""
         self.flush()
 
     def __enter__(self) -> MetricsSink:

@@ -184,7 +184,8 @@ def describe(comparisons: Sequence[Comparison]) -> list[str]:
         lines.append(
             f"The hybrid run ended at a held-out loss of "
             f"{first.hybrid.final.loss:.4f}; the bare run never got that low in its "
-            f"{first.bare.scheduled_steps} steps (it ended at {first.bare.final.loss:.4f})."
+            f"{first.bare.scheduled_steps} steps "
+            f"(it ended at {first.bare.final.loss:.4f})."
         )
     lines.append(_wall_time(equal))
     if first.shortened is not None:

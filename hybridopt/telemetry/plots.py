@@ -1,5 +1,7 @@
-"""What the pictures of a report show. Only measured points are drawn; curves of mini-batch losses are
-smoothed by a running mean, and the axis says so.
+"""What the pictures of a report show.
+
+Only measured points are drawn; curves of mini-batch losses are smoothed by a running
+mean, and the axis says so.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ _BINS = 160
 
 
 # -- pieces ----------------------------------------------------------------------------
+
+
+def _window(points: int) -> int:
+    """Length of the running mean over mini-batch losses."""
+    return max(1, points // 20)
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
@@ -104,18 +111,14 @@ def plot_loss_by_step(axes: Axes, comparison: Comparison) -> None:
     """Loss against scheduled steps, the hybrid run's phases shaded."""
     _shade_phases(axes, comparison.hybrid.records)
     longest = max(len(arm.training) for arm in comparison.arms)
-    window = max(1, longest // 40)
+    window = _window(longest)
     for arm, color in zip(comparison.arms, _COLORS, strict=False):
         steps = [point.step for point in arm.training]
         losses = _smooth([point.loss for point in arm.training], window)
         axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.6)
         _evaluations(axes, arm, color, lambda point: point.step)
     _mark_rollbacks(axes, comparison.hybrid.records)
-    _grid(
-        axes,
-        "scheduled steps",
-        f"loss (nats per byte)\ndots: held-out; thin: batches, mean of {window}",
-    )
+    _grid(axes, "scheduled steps", f"loss (nats/byte); thin: mean of {window}")
 
 
 def plot_loss_by_cost(axes: Axes, comparison: Comparison) -> None:
@@ -138,7 +141,7 @@ def plot_loss_by_cost(axes: Axes, comparison: Comparison) -> None:
     _grid(
         axes,
         "cost (real steps: forward 1/3, backward 2/3)",
-        "held-out loss (nats per byte)",
+        "held-out loss (nats/byte)",
     )
 
 
@@ -167,8 +170,8 @@ def plot_forecasts(axes: Axes, records: Sequence[StepRecord]) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     _grid(
         axes,
-        "expected loss (nats per byte)",
-        "measured loss of the next batch (nats per byte)\ndashed: equal",
+        "expected loss (nats/byte)",
+        "measured loss of the next batch (nats/byte)",
     )
 
 
@@ -196,7 +199,7 @@ def plot_horizons(axes: Axes, records: Sequence[StepRecord]) -> None:
     )
     axes.set_ylim(bottom=-0.5)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    _grid(axes, "scheduled steps", "horizon chosen behind a real step (steps)")
+    _grid(axes, "scheduled steps", "horizon (steps)")
 
 
 def plot_gains(axes: Axes, history: GainHistory) -> None:
@@ -229,7 +232,7 @@ def plot_records(axes: Axes, records: Sequence[StepRecord]) -> None:
     """Measured losses of one run by step, phases shaded, monitor alarms marked."""
     _shade_phases(axes, records)
     real = [r for r in records if not r.loss_predicted]
-    window = max(1, len(real) // 100)
+    window = _window(len(real))
     axes.plot(
         [r.step for r in real],
         _smooth([r.loss for r in real], window),
@@ -261,4 +264,4 @@ def plot_mean_gain(axes: Axes, records: Sequence[StepRecord]) -> None:
     other.plot(steps, rates, color=_COLORS[2], linestyle="--", label="learning rate")
     other.set_ylabel("learning rate (dashed)")
     other.spines["right"].set_visible(True)
-    _grid(axes, "scheduled steps", "mean gain (multiples of the last real step)")
+    _grid(axes, "scheduled steps", "mean gain (last real steps)")

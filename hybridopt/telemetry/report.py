@@ -75,8 +75,9 @@ def comparison_report(comparisons: Sequence[Comparison], origin: Provenance) -> 
         "<h2>Loss against steps</h2>",
         _figure(
             lambda axes: plots.plot_loss_by_step(axes, first),
-            "Loss against scheduled steps, one line per run. Shading: share of the "
-            "hybrid run's steps in each phase; unshaded is Full.",
+            "Loss against scheduled steps. Dots: held-out loss; thin lines: running mean "
+            "of the mini-batch losses. Shading: share of the hybrid run's steps in each "
+            "phase; unshaded is Full.",
         ),
         *_hybrid_sections(first.hybrid.records),
         *_gain_section(first.hybrid),
@@ -142,7 +143,7 @@ def _hybrid_sections(records: Sequence[StepRecord]) -> list[str]:
                 lambda axes: plots.plot_forecasts(axes, records),
                 f"Loss expected at the end of each Predict phase against the loss of "
                 f"the next measured batch; {len(pairs)} phases, mean absolute error "
-                f"{error:.1%}. Both include the noise of single batches.",
+                f"{error:.1%}. Dashed: equal. Both include the noise of single batches.",
                 size=(6, 5),
             )
         )
@@ -184,7 +185,7 @@ def _events(records: Sequence[StepRecord]) -> str:
             for record in alarms[:_MAX_EVENTS]
         ),
     ]
-    note = f"<p>{len(alarms)} steps were not judged ok.</p>"
+    note = f"<p>Steps not judged ok: {len(alarms)}.</p>"
     if len(alarms) > _MAX_EVENTS:
         note += f"<p>The first {_MAX_EVENTS} are shown.</p>"
     return note + _table(rows, text=True)
@@ -253,7 +254,10 @@ def _figure(
     fill: Callable[[Any], None], caption: str, size: tuple[float, float] = (9, 4)
 ) -> str:
     picture = draw(fill, label=caption, size=size)
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+    return (
+        f'<figure style="max-width: {size[0] * 6.5:.0f}rem">{picture}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def _table(rows: Sequence[Row], *, text: bool = False) -> str:

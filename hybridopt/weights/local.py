@@ -20,17 +20,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_share(tensor: Tensor) -> float:
-    """What to multiply a local sum by so that the sum over all ranks is the whole.
+    """How many different shards make up the whole tensor; 1 where ranks hold it whole.
 
-    1 for a tensor sharded over every rank; 1/k when k ranks hold the same shard; 1 over
-    the world size, marked as 0.0 here, for a tensor that every rank holds whole.
+    Ranks that hold copies of one shard count once: for a mesh of r replicas times s
+    shards this is s. ``distributed.reduction_weights`` turns it into the weight of a
+    local sum.
     """
     placements = getattr(tensor, "placements", None)
     if placements is None:
-        return 0.0
+        return 1.0
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    replicas = 1
+    shards = 1
     for dimension, placement in enumerate(placements):
-        if placement.is_replicate():
-            replicas *= mesh.size(dimension)
-    return 1.0 / replicas
+        if not placement.is_replicate():
+            shards *= mesh.size(dimension)
+    return float(shards)

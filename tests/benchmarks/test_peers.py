@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -275,4 +273,4 @@ def test_muon_step_equals_its_two_parts():
         twin.step()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not math.isnan(float(model[0].weight.sum()))
+    assert bool(model[0].weight.isfinite().all())

@@ -36,7 +36,7 @@ struct Move {
       write(r.theta.at[k], read(r.theta.at[k]) + delta);
       if (!commits) {
         square += delta * delta;
-        bad += finite(read(r.theta.at[k])) ? 0.0f : 1.0f;
+        bad += is_finite(read(r.theta.at[k])) ? 0.0f : 1.0f;
       }
     }
     if (commits) store(r.theta, theta, i);

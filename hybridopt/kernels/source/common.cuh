@@ -48,7 +48,7 @@ __device__ __forceinline__ void write(bf16& v, float x) {
   v.bits = nan ? 0x7fc0 : (u16)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
 
-__device__ __forceinline__ bool finite(float x) {
+__device__ __forceinline__ bool is_finite(float x) {
   return (bits_of(x) & 0x7f800000u) != 0x7f800000u;
 }
 
