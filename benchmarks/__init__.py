@@ -1,0 +1,1 @@
+"""Speed at equal loss: cases, peers, statistics, tables (``python -m benchmarks``)."""

@@ -1,4 +1,7 @@
-"""The command ``python -m benchmarks`` (also ``hybridopt bench``)."""
+"""The command ``python -m benchmarks`` (also ``hybridopt bench``).
+
+Without an action it runs the cases, without names all of them.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,20 @@ from benchmarks.tables import document
 
 __all__ = ["main"]
 
+_ACTIONS = ("run", "list", "report", "tune", "overhead")
 _RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one action of the command line and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["overhead"]:
+        # Its options are its own; argparse cannot hand over words that begin with one.
+        return _overhead(words[1:])
+    if not words or words[0] not in (*_ACTIONS, "-h", "--help"):
+        words.insert(0, "run")
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     try:
         status: int = options.action(options)
     except (ValueError, FileNotFoundError) as wrong:
@@ -66,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(tuning)
     tuning.set_defaults(action=_tune)
 
-    overhead = actions.add_parser("overhead", help="whole-wrapper overhead per step")
-    overhead.add_argument("rest", nargs=argparse.REMAINDER)
-    overhead.set_defaults(action=_overhead)
+    actions.add_parser("overhead", help="whole-wrapper overhead per step")
     return parser
 
 
@@ -210,7 +218,8 @@ def _losses(case: Case, rate: float, options: Options, replace: Any) -> list[flo
     return [r.final_loss for r in result.runs]
 
 
-def _overhead(parsed: argparse.Namespace) -> int:
+def _overhead(words: Sequence[str]) -> int:
+    # Imported here: it needs none of the cases, and they need nothing of it.
     from benchmarks import overhead
 
-    return overhead.main(parsed.rest)
+    return overhead.main(words)

@@ -265,9 +265,9 @@ def _line(o: Overhead) -> str:
     return (
         f"{o.model}: bare {1e3 * o.bare_s:.3f} ms, wrapped {1e3 * o.wrapped_s:.3f} ms, "
         f"ratio {o.ratio:.4f} [{low:.4f}, {high:.4f}], own host time "
-        f"{1e6 * o.host_s:.0f} us; synchronized real {1e3 * o.real_s:.3f} ms, "
-        f"predicted {1e3 * o.predicted_s:.3f} ms ({100 * o.predicted_share:.0f} %); memory "
-        f"+{o.extra_copies:.2f} weight copies; waits {o.waits_bare:.1f} -> "
+        f"{1e6 * o.host_s:.0f} us; synchronized: real {1e3 * o.real_s:.3f} ms, "
+        f"predicted {1e3 * o.predicted_s:.3f} ms ({100 * o.predicted_share:.0f} %); "
+        f"memory +{o.extra_copies:.2f} weight copies; waits {o.waits_bare:.1f} -> "
         f"{o.waits_wrapped:.1f}, copies to host {o.transfers_bare:.1f} -> "
         f"{o.transfers_wrapped:.1f} per step"
     )

@@ -162,6 +162,9 @@ class _Worker:
 
 def provenance(command: Sequence[str], options: Options) -> dict[str, Any]:
     """Command, commit, seeds, hardware and versions, for every result file."""
+    # Loaded now, with the commit that is written down, not when its first run begins.
+    import hybridopt.optimizer  # noqa: F401
+
     names = ("torch", "schedulefree", "pytorch_optimizer", "scikit-learn", "msgspec")
     versions = {"python": platform.python_version()}
     for name in names:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from hybridopt.errors import ClosureError
 
-__all__ = ["Evaluation", "evaluate", "forward_only", "insists_on_call", "quiet_forward"]
+__all__ = [
+    "Evaluation",
+    "call_as_is",
+    "evaluate",
+    "forward_only",
+    "insists_on_call",
+    "quiet_forward",
+]
 
 _EXAMPLE = "Return the loss: opt.step(lambda: F.cross_entropy(model(x), y))."
 
@@ -66,6 +73,17 @@ def evaluate(
     # The graph is used up; handing it on would only keep its memory alive.
     loss = result.detach()
     return Evaluation(loss, loss, forward_form=True)
+
+
+def call_as_is(closure: Callable[[], Any]) -> Evaluation:
+    """Call a framework's own closure once, and leave gradients to it.
+
+    It clears them itself where it wants to: before the first micro-batch of an
+    accumulated step, not before the last, which is the one that arrives here.
+    """
+    with torch.enable_grad():
+        result = closure()
+    return Evaluation(result, _number(result), forward_form=False)
 
 
 def _number(result: Any) -> Tensor | float | None:

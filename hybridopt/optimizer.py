@@ -11,23 +11,26 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hybridopt import phases
 from hybridopt.checkpoint import BLOB_KEY, load_into, save_into
-from hybridopt.closure import Evaluation, evaluate, insists_on_call
+from hybridopt.closure import Evaluation, call_as_is, evaluate, insists_on_call
 from hybridopt.config import HybridConfig
-from hybridopt.errors import ConfigError, NonFiniteError
+from hybridopt.distributed import any_rank
+from hybridopt.errors import ConfigError
+from hybridopt.hooks import without_global_hooks
 from hybridopt.run import Components, Run, build_run
 from hybridopt.statistics import summarize
 from hybridopt.telemetry import events
 from hybridopt.types import Phase, StepRecord
+from hybridopt.weights.local import local
 
 __all__ = ["HybridPredictOptimizer"]
 
@@ -122,16 +125,18 @@ class HybridPredictOptimizer(Optimizer):
         run.start_clock()
         busy = run.counters.closure_s + run.counters.base_s
         plan = run.controller.plan
-        needs_gradient = plan.runs_backward
         evaluation: Evaluation | None = None
-        if not needs_gradient:
+        if closure is not None and insists_on_call(closure):
+            evaluation = self._call_as_is(closure)
+            needs_gradient = self._has_gradients(plan.runs_backward)
+            if plan.runs_backward and not needs_gradient:
+                return evaluation.result  # the framework skipped this batch
+            run.counters.backward_calls += int(needs_gradient)
+        else:
             # Gradients that the user made always win over a prediction.
-            needs_gradient = run.fresh_gradients() and self._not_all_zero()
-            if not needs_gradient and closure is not None and insists_on_call(closure):
-                evaluation = self._insisted(closure)
-                needs_gradient = evaluation is not None
-        elif closure is not None:
-            evaluation = self._evaluate(closure)
+            needs_gradient = plan.runs_backward or self._has_gradients(False)
+            if needs_gradient and closure is not None:
+                evaluation = self._evaluate(closure)
         if needs_gradient:
             if closure is None and not self._has_work():
                 return None
@@ -139,16 +144,17 @@ class HybridPredictOptimizer(Optimizer):
             run.forward_form = evaluation is not None and evaluation.forward_form
             done = phases.real_step(run, loss, self._base_step(closure, evaluation))
             result = None if evaluation is None else evaluation.result
-        elif plan.phase is Phase.CORRECT and closure is not None:
+        elif plan.phase is Phase.CORRECT and closure is not None and evaluation is None:
             done = phases.validated_step(run, closure)
             result = torch.tensor(done.loss)
         elif plan.phase is Phase.CORRECT:
             # A loop without closures cannot be validated by a forward pass.
             run.controller.advance_validated()
-            return None
+            return None if evaluation is None else evaluation.result
         else:
             done = phases.predicted_step(run)
-            result = torch.tensor(done.loss)
+            # None where no loss was ever seen: schedulers must not be fed NaN.
+            result = torch.tensor(done.loss) if math.isfinite(done.loss) else None
         self._record(plan.phase, plan.arm, done, busy)
         return result
 
@@ -179,18 +185,26 @@ class HybridPredictOptimizer(Optimizer):
         run.counters.backward_calls += 1
         return result
 
-    def _insisted(self, closure: Closure) -> Evaluation | None:
-        """Call a closure that must be called; None when it left no gradients."""
+    def _call_as_is(self, closure: Closure) -> Evaluation:
+        """Call a closure that its framework wants called on every step."""
         run = self._run
-        run.clear_gradients()
-        with torch.enable_grad():
-            result = closure()
+        started = time.perf_counter()
+        evaluation = call_as_is(closure)
+        run.counters.closure_s += time.perf_counter() - started
         run.counters.closure_calls += 1
-        if not any(p.grad is not None for p in run.space.parameters()):
-            return None
-        run.counters.backward_calls += 1
-        loss = result.detach() if isinstance(result, Tensor) else None
-        return Evaluation(result, loss, forward_form=False)
+        return evaluation
+
+    def _has_gradients(self, stale_too: bool) -> bool:
+        """Whether there are gradients to step on.
+
+        Args:
+            stale_too: On a real step any will do; a predicted step yields only to
+                fresh ones, since those of the last real step may still be there.
+        """
+        run = self._run
+        if stale_too:
+            return any(p.grad is not None for p in run.space.parameters())
+        return run.fresh_gradients() and self._not_all_zero()
 
     def _has_work(self) -> bool:
         """Whether a ``step()`` without closure is a training step at all.
@@ -206,23 +220,32 @@ class HybridPredictOptimizer(Optimizer):
             if self._not_all_zero():
                 run.counters.backward_calls += 1
                 return True
-        self.base.step()
+        with without_global_hooks():
+            self.base.step()
         if not run.space.ready and self.base.state:
             run.space.allocate()
         return False
 
     def _not_all_zero(self) -> bool:
-        gradients = [p.grad for p in self._run.space.parameters() if p.grad is not None]
-        return any(bool(g.count_nonzero()) for g in gradients)
+        run = self._run
+        gradients = [p.grad for p in run.space.parameters() if p.grad is not None]
+        found = any(bool(local(g).count_nonzero()) for g in gradients)
+        # A rank's shards may be empty or zero where the gradient is not.
+        return any_rank(run.collective, found) if run.sharded else found
 
     def _bare_step(self, closure: Closure | None) -> Any:
         """The base alone, with either closure form."""
         if closure is None:
-            return self.base.step()
+            with without_global_hooks():
+                return self.base.step()
         parameters = self._run.space.parameters()
         clip = self.config.clip_grad_norm
-        evaluation = evaluate(closure, parameters, clip)
-        self._base_step(closure, evaluation)()
+        if insists_on_call(closure):
+            evaluation = call_as_is(closure)
+        else:
+            evaluation = evaluate(closure, parameters, clip)
+        with without_global_hooks():
+            self._base_step(closure, evaluation)()
         return evaluation.result
 
     def _record(self, phase: Phase, arm: int, done: phases.Done, busy_s: float) -> None:
@@ -252,6 +275,8 @@ class HybridPredictOptimizer(Optimizer):
         )
         counters.steps += 1
         run.last_step = record
+        # Lists of gradients must not outlive the step: they would keep memory alive.
+        run.space.refresh()
         run.sink.write(record)
         if run.controller.plan.phase is not phase:
             events.phase_changed(record.step, phase, run.controller.plan.phase)

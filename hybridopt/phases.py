@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hybridopt import quasi_newton
 from hybridopt.closure import forward_only
+from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
 from hybridopt.hooks import without_global_hooks
 from hybridopt.run import Run
@@ -29,8 +30,10 @@ from hybridopt.types import (
     Level,
     Mover,
     Observation,
+    Phase,
     Verdict,
 )
+from hybridopt.weights.reading import Reading
 
 __all__ = ["Done", "predicted_step", "real_step", "validated_step"]
 
@@ -60,8 +63,21 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
     Gradients are in ``p.grad``. Anything not finite skips the step or takes the last
     move back; the base never sees it.
     """
-    observation = _observe(run, loss)
-    verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
+    run.space.refresh()
+    run.settle()
+    pending = run.space.observe(loss)
+    correcting = run.controller.plan.phase is Phase.CORRECT
+    guarded = run.skips_on_device and not correcting
+    if guarded:
+        # Nothing that consumed steps can be taken back here, so the base may step
+        # while the numbers travel; it skips what is not finite on the device.
+        flag = pending.non_finite(run.device)
+        pending.send()
+        _take_base_step(run, step_base, flag)
+    observation = _digest(run, pending.wait(), loss is not None)
+    verdict = run.monitor.judge(
+        observation, can_roll_back=run.space.moved and not guarded
+    )
     newton = quasi_newton.before_base(run, observation)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
@@ -70,7 +86,9 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
     if not observation.finite:
         return _skip(run, observation, verdict)
     _learn(run, observation)
-    _take_base_step(run, step_base)
+    if not guarded:
+        _take_base_step(run, step_base)
+    run.counters.real_steps += 1
     run.controller.advance_real(observation)
     run.monitor.real_step()
     if run.controller.warm:
@@ -92,7 +110,8 @@ def predicted_step(run: Run) -> Done:
     assert move is not None
     run.space.refresh()
     rates = run.rates()
-    finite = run.space.move(controller.scaled(rates), 1.0 / plan.horizon)
+    release_unsharded(run.model)
+    finite = _move(run, controller.scaled(rates), 1.0 / plan.horizon)
     run.clear_gradients()
     run.counters.predicted_steps += 1
     if not finite:
@@ -132,6 +151,7 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
     run.space.refresh()
     started = time.perf_counter()
     loss = forward_only(closure, run.model)
+    release_unsharded(run.model)
     run.counters.closure_s += time.perf_counter() - started
     run.counters.closure_calls += 1
     run.counters.validated_steps += 1
@@ -196,23 +216,24 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
 # -- parts of a real step ----------------------------------------------------------------
 
 
-def _observe(run: Run, loss: Tensor | float | None) -> Observation:
-    """One pass over the gradient, summed over ranks: what every rank then decides by."""
-    run.space.refresh()
-    reading = run.space.observe(loss)
+def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
+    """The reading, summed over ranks: what every rank then decides by."""
     local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
     count = run.collective.world_size
     if count > 1:
-        share = torch.tensor([reading.loss / count], dtype=torch.float64)
-        total = run.collective.sum(torch.cat([local.reshape(-1), share]))
-        local, mean_loss = total[:-1].view_as(local), float(total[-1])
+        share = [reading.loss / count, float(run.refused)]
+        rest = torch.tensor(share, dtype=torch.float64)
+        total = run.collective.sum(torch.cat([local.reshape(-1), rest]))
+        local, mean_loss = total[:-2].view_as(local), float(total[-2])
+        refused, run.refused = bool(total[-1] > 0.0), False
     else:
-        mean_loss = reading.loss
+        mean_loss, refused = reading.loss, False
     gradient_sq = local[:, 0]
     norm = math.sqrt(float(gradient_sq.sum())) if bool(gradient_sq.isfinite().all()) else (
         math.nan
     )
-    finite = math.isfinite(norm) and (loss is None or math.isfinite(mean_loss))
+    finite = math.isfinite(norm) and (not has_loss or math.isfinite(mean_loss))
+    finite = finite and not refused
     run.slopes = local[:, -1]
     rate = float(run.rates().max()) if len(run.shares) else 0.0
     move = run.controller.move
@@ -249,16 +270,28 @@ def _learn(run: Run, observation: Observation) -> None:
     run.monitor.absorb(observation)
 
 
-def _take_base_step(run: Run, step_base: Callable[[], Any]) -> None:
-    """The base's own step, with displacement and drift taken in around it."""
+def _take_base_step(
+    run: Run, step_base: Callable[[], Any], skip: Tensor | None = None
+) -> None:
+    """The base's own step, with displacement and drift taken in around it.
+
+    Args:
+        skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
+            which read it on the device under the name that GradScaler uses.
+    """
     ready = run.space.ready
     if ready:
         run.space.before_base()
     started = time.perf_counter()
-    with without_global_hooks():
-        step_base()
+    if skip is not None:
+        run.base.found_inf = skip  # type: ignore[attr-defined]
+    try:
+        with without_global_hooks():
+            step_base()
+    finally:
+        if skip is not None:
+            del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
-    run.counters.real_steps += 1
     if ready:
         run.space.after_base()
     if not run.space.complete():
@@ -285,12 +318,28 @@ def _plan_move(
     if move is None:
         return forecast, 0, Mover.NONE
     if move.horizon == 0:
-        if not run.space.move(move.coefficients, 1.0):
+        if not _move(run, move.coefficients, 1.0):
             run.space.roll_back()
             run.controller.move = None
             return forecast, 0, Mover.NONE
         run.counters.folded_moves += 1
     return forecast, move.horizon, Mover.GAIN
+
+
+def _move(run: Run, coefficients: Tensor, scale: float) -> bool:
+    """Make a share of a move; False when it was refused as not finite.
+
+    Every rank answers alike, without communication: coefficients are the same
+    everywhere, and a shard that alone refuses says so in the next observation, which
+    then takes the whole move back on every rank.
+    """
+    if not bool(coefficients.isfinite().all()):
+        return False
+    written = run.space.move(coefficients, scale)
+    if run.collective.world_size == 1:
+        return written
+    run.refused = run.refused or not written
+    return True
 
 
 def _with_coefficients(forecast: Forecast, coefficients: Tensor) -> Forecast:

@@ -126,6 +126,27 @@ class Run:
         for name in Run.__dataclass_fields__:
             setattr(self, name, getattr(other, name))
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(iter(self.space.parameters())).device
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether the base leaves a step with NaN or inf undone by itself.
+
+        Fused bases on a GPU do when told by ``found_inf``; then no step needs the host
+        before the base moves.
+        """
+        return (
+            self.collective.world_size == 1
+            and (self.secant is None or self.secant_off)
+            and bool(getattr(self.base, "_step_supports_amp_scaling", False))
+            and not hasattr(self.base, "found_inf")
+            and len({p.device for p in self.space.parameters()}) == 1
+            and self.device.type == "cuda"
+        )
+
     # -- rates ---------------------------------------------------------------------
 
     def rates(self) -> Tensor:

@@ -1,0 +1,1 @@
+"""The training problems that arms are compared on."""

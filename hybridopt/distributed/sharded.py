@@ -11,7 +11,7 @@ __all__ = ["release_unsharded"]
 
 
 def release_unsharded(model: nn.Module | None) -> None:
-    """Drop the gathered weights that a forward without a backward left on FSDP2 modules.
+    """Drop gathered weights that a forward without a backward left on FSDP2 modules.
 
     FSDP2 keeps the root group gathered until the backward and reuses it in the next
     forward, so a change of the sharded weights in between would not be seen. Call it
@@ -39,6 +39,6 @@ def _release(module: nn.Module, kind: type) -> None:
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
         return
-    for inner in module.modules():  # torch before 2.12
-        if isinstance(inner, kind):
-            inner.reshard()  # type: ignore[attr-defined]
+    shards: list[Any] = [m for m in module.modules() if isinstance(m, kind)]
+    for shard in shards:  # older torch has no way to reset the root as a whole
+        shard.reshard()

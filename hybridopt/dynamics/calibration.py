@@ -16,7 +16,7 @@ __all__ = ["Calibration"]
 
 
 class Calibration:
-    """Scores each forecast of a model one step later, out of sample.
+    """Scores the forecasts of a model against what came, out of sample.
 
     Per channel, with y the residual that came and mu, sigma what the model had said,
     d = y^2 - (y - mu)^2 is by how much the model beat the prior (which says zero), and
@@ -29,32 +29,34 @@ class Calibration:
     """
 
     MEMORY = 0.95
-    MINIMUM_COUNT = 8
+    MINIMUM_COUNT = 16
 
     def __init__(self) -> None:
         zero = torch.zeros(CHANNELS, dtype=torch.float64, device="cpu")
         self.trust = zero
         """(CHANNELS,) in [0, 1]."""
+        self.trusted = False
+        """Whether any channel is trusted at all."""
         self._count = zero
         self._moments = zero.repeat(3, 1)
 
     def add(self, targets: Tensor, said: Correction) -> None:
-        """Score one forecast.
+        """Score the forecasts of a few steps at once.
 
         Args:
-            targets: (L, CHANNELS) residuals that came; nan where not observed.
-            said: The forecast, before any multiplication with trust.
+            targets: (T, L, CHANNELS) residuals that came in T steps; nan where not
+                observed.
+            said: The forecasts of them, before any multiplication with trust.
         """
         gain = said.mean * (2 * targets - said.mean)
         sigma = said.log_scale.exp() + said.spread
         z_square = ((targets - said.mean) / sigma).square()
-        sample = torch.stack((gain, z_square)).nanmean(1)
-        self._absorb(torch.stack((sample[0], sample[0] * sample[0], sample[1])))
-
-    def _absorb(self, sample: Tensor) -> None:
-        known = ~sample[0].isnan()
-        moved = torch.lerp(self._moments, sample.nan_to_num(0.0), 1 - self.MEMORY)
-        self._moments = torch.where(known, moved, self._moments)
+        steps = torch.stack((gain, z_square)).nanmean(2)
+        known = (~steps[0].isnan()).sum(0)
+        sample = torch.stack((steps[0], steps[0].square(), steps[1])).nanmean(1)
+        # With no step known the weight is zero, and nothing changes.
+        weight = 1 - self.MEMORY ** known.double()
+        self._moments = torch.lerp(self._moments, sample.nan_to_num(0.0), weight)
         self._count = self._count + known
         self._judge()
 
@@ -65,6 +67,7 @@ class Calibration:
         error = variance.sqrt() * math.sqrt((1 - rho) / (1 + rho)) + 1e-9
         trust = (0.5 * gain / error).clamp(0.0, 1.0)
         self.trust = trust * (self._count >= self.MINIMUM_COUNT)
+        self.trusted = bool(self.trust.any())
 
     @property
     def overconfidence(self) -> float:

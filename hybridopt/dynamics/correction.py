@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK_STEPS",
     "CHANNELS",
     "CHANNEL_EFFICIENCY",
     "CHANNEL_LOSS",
@@ -29,13 +30,15 @@ CHANNEL_EFFICIENCY = 3
 CHANNELS = 4
 """Channels 0 and 1 are the alignments with the STEP and LAG directions: the residual
 against the running mean, in running standard deviations."""
+BLOCK_STEPS = 8
+"""Most real steps that models learn from at once: per-step cost is what counts."""
 LOG_SCALE_LIMIT = 1.5
 """Bound on log scales: a model may sharpen or blur the prior by a factor of 4.5."""
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A model's forecast of the next residuals; all of it (L, CHANNELS), float64."""
+    """A model's forecast of the next residuals; all (..., L, CHANNELS), float64."""
 
     mean: Tensor
     """Expected residual."""
@@ -58,13 +61,23 @@ class Model(Protocol):
     def latent(self) -> Tensor | None:
         """(latent_size,) float64 summary of the recurrent state; None without one."""
 
-    def correct(self, features: Tensor) -> Correction:
-        """Take in one real step's (L, F) float32 features and correct the prior."""
+    block_steps: int
+    """Real steps that are learned from at once; weights change only then."""
+
+    code_size: int
+    """W, width of the codes."""
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Take in one real step's (L, F) float32 features; (L, W) float32 of all that
+        the correction depends on. Changes the recurrent state.
+        """
+
+    def decode(self, codes: Tensor) -> Correction:
+        """What (..., L, W) codes say about the step after. Changes nothing."""
 
     def learn(self, features: Tensor, targets: Tensor) -> None:
-        """Learn that ``features`` (L, F) were followed by ``targets`` (L, CHANNELS).
-
-        Targets that were not observed are nan.
+        """Learn that ``features`` (T, L, F) of T successive steps were each followed
+        by ``targets`` (T, L, CHANNELS), which are nan where not observed.
         """
 
     def imagine(self, horizon: int) -> Correction | None:

@@ -12,24 +12,24 @@ from torch import Tensor
 from hybridopt.dynamics.prior import PriorPredictor
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.history import RunningMoments
-from hybridopt.types import LAG, STEP, Observation
+from hybridopt.types import Observation
 
-__all__ = ["ACTIONS", "FEATURES", "FeatureExtractor", "symlog"]
+__all__ = ["ACTION_COUNT", "ACTIONS", "FEATURES", "FeatureExtractor", "symlog"]
 
 FEATURES = (
     "alignment_step",  # cosine of -g with the last step
     "alignment_lag",  # cosine of -g with the filtered drift
     "t_step",  # running mean of alignment_step over its standard error
     "t_lag",
-    "log_gain_step",  # gain in force while this step's weights were reached
-    "log_gain_lag",
     "log_gradient_share",  # log ||g_l|| / ||g||
     "log_step_to_lag",  # log ||s_l|| / ||v_l||
+    "log_gain_step",  # gain in force while this step's weights were reached
+    "log_gain_lag",
+    "log_lr_ratio",  # learning rate over that of the previous real step
+    "moved_progress",  # progress expected of the moves since then, step equivalents
     "loss_surprise",  # residual of the loss against its trend, in sigma
     "loss_slope",  # slope of the trend per real step, in sigma
     "log_gradient_norm",  # against its own running mean
-    "log_lr_ratio",  # learning rate over that of the previous real step
-    "moved_progress",  # progress expected of the moves since then, step equivalents
     "depth",  # position l / L in the parameter order
     "log_size",  # log10 of the number of elements
     "is_vector",  # one-hot of the number of dimensions: <= 1, 2, >= 3
@@ -38,9 +38,10 @@ FEATURES = (
 )
 """Columns of the features, F of them. The first 8 are per tensor, the next 5 global,
 the last 5 fixed. All but the fixed ones are symlog'ed, then standardized by running
-moments pooled over tensors, then clipped to 5 standard deviations."""
+moments pooled over tensors (renewed every 8 steps), then clipped to 5 deviations."""
 
-ACTIONS = (4, 5, 11, 12)
+ACTIONS = slice(6, 10)
+ACTION_COUNT = 4
 """The columns that say what was done, not what was seen: gains, rate, moves."""
 
 _FIXED = 5
@@ -54,13 +55,15 @@ def symlog(values: Tensor) -> Tensor:
 
     Source: Hafner et al. 2023 (DreamerV3, arXiv 2301.04104).
     """
-    return values.sign() * values.abs().log1p()
+    return values.abs().log1p_().copysign_(values)
 
 
 class FeatureExtractor:
     """Turns observations into standardized (L, F) float32 rows, keeping the moments."""
 
-    MEMORY = 0.99
+    MEMORY = 0.92
+    """Per renewal of the moments; 0.99 per step."""
+    RENEWAL_STEPS = 8
 
     def __init__(self, sizes: Sequence[int], ndims: Sequence[int]) -> None:
         size = len(sizes)
@@ -84,6 +87,8 @@ class FeatureExtractor:
         self._gradient_norm = RunningMoments(0.95)
         self._moments = torch.zeros(2, moving, dtype=torch.float64, device="cpu")
         self._count = 0
+        self._waiting: list[Tensor] = []
+        self._set_scale()
 
     def extract(
         self, observation: Observation, alignment: Tensor, prior: PriorPredictor
@@ -95,10 +100,17 @@ class FeatureExtractor:
             alignment: Its alignments, (L, J).
             prior: After it absorbed the step and before its gains grew.
         """
-        norms = torch.cat(
-            (observation.gradient_sq.unsqueeze(1), observation.basis_sq), 1
-        ).clamp_min(_TINY)
-        logs = norms.log().mul_(0.5)
+        gains = prior.gains
+        positive = torch.cat(
+            (
+                observation.gradient_sq.unsqueeze(1),
+                observation.basis_sq,
+                gains.gains * gains.gains,
+            ),
+            1,
+        )
+        # Half the log of a square is the log.
+        logs = positive.clamp_min_(_TINY).log_().mul_(0.5)
         norm = max(observation.gradient_norm, 1e-30)
         log_norm = math.log(norm) if math.isfinite(norm) else 0.0
         shared = torch.tensor(
@@ -109,15 +121,15 @@ class FeatureExtractor:
         raw = torch.cat(
             (
                 alignment,
-                prior.gains.significance(),
-                prior.gains.gains.clamp_min(1e-6).log(),
+                gains.significance(),
                 logs[:, :1] - log_norm,
-                logs[:, 1 + STEP, None] - logs[:, 1 + LAG, None],
+                logs[:, 1:2] - logs[:, 2:3],
+                logs[:, 3:],
                 shared.expand(len(alignment), _GLOBAL),
             ),
             1,
         )
-        moving = symlog(raw.nan_to_num(0.0, 0.0, 0.0))
+        moving = symlog(raw.nan_to_num_(0.0, 0.0, 0.0))
         return torch.cat((self._standardize(moving), self._fixed), 1).float()
 
     def _shared(
@@ -129,25 +141,43 @@ class FeatureExtractor:
         ratio = observation.lr_ratio
         slope = trend.slope / max(trend.sigma, 1e-12)
         return [
+            math.log(ratio) if 0.0 < ratio < math.inf else 0.0,
+            observation.moved_progress,
             trend.surprise,
             slope,
             log_norm - usual,
-            math.log(ratio) if 0.0 < ratio < math.inf else 0.0,
-            observation.moved_progress,
         ]
 
     def _standardize(self, values: Tensor) -> Tensor:
+        self._waiting.append(values)
+        if len(self._waiting) == self.RENEWAL_STEPS:
+            self._renew(torch.cat(self._waiting))
+            self._waiting = []
+        return ((values - self._mean) * self._scale).clamp_(-_LIMIT, _LIMIT)
+
+    def _renew(self, values: Tensor) -> None:
         pooled = torch.stack((values, values * values)).mean(1)
         self._count += 1
         weight = (1 - self.MEMORY) / (1 - self.MEMORY**self._count)
         self._moments = torch.lerp(self._moments, pooled, weight)
+        self._set_scale()
+
+    def _set_scale(self) -> None:
         mean, square = self._moments[0], self._moments[1]
-        std = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0.0).sqrt_()
-        return ((values - mean) / (std + 1e-3)).clamp_(-_LIMIT, _LIMIT)
+        variance = torch.addcmul(square, mean, mean, value=-1).clamp_min(0.0)
+        self._mean = mean
+        # Before the first renewal the numbers go through as they are.
+        known = self._count > 0
+        self._scale = 1 / (variance.sqrt() + 1e-2) if known else torch.ones_like(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running moments."""
+        """The running moments, and the rows that will renew them."""
+        size, width = len(self._fixed), self._moments.shape[1]
+        waiting = self._moments.new_empty(0, size, width)
+        if self._waiting:
+            waiting = torch.stack(self._waiting)
         return {
+            "waiting": waiting,
             "count": self._count,
             "moments": self._moments.clone(),
             "gradient_norm": self._gradient_norm.state_dict(),
@@ -157,4 +187,8 @@ class FeatureExtractor:
         """Restore; CheckpointError, possibly half-way, on a mismatch."""
         self._count = int(state["count"])
         self._moments = tensor_like(state, "moments", self._moments)
+        steps = len(state["waiting"])
+        like = self._moments.new_empty(steps, len(self._fixed), self._moments.shape[1])
+        self._waiting = list(tensor_like(state, "waiting", like).unbind(0))
+        self._set_scale()
         self._gradient_norm.load_state_dict(state["gradient_norm"])

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.calibration import Calibration
-from hybridopt.dynamics.correction import (
-    CHANNEL_LOSS,
-    CHANNELS,
-    Correction,
-    Model,
-)
+from hybridopt.dynamics.correction import CHANNEL_LOSS, CHANNELS, Correction, Model
 from hybridopt.dynamics.features import FEATURES, FeatureExtractor
-from hybridopt.dynamics.gains import DEVIATION_FLOOR
+from hybridopt.dynamics.gains import DEVIATION_FLOOR, alignments
 from hybridopt.dynamics.prior import PriorPredictor, check_kind
 from hybridopt.dynamics.state import load_or_undo, tensor_like
 from hybridopt.types import BASIS_SIZE, STEP, Forecast, Observation, Outcome
@@ -32,14 +27,16 @@ _TARGET_LIMIT = 5.0
 class LearnedPredictor:
     """The prior, refined by a model as far as the model has proved better.
 
-    At each real step: the residuals that came score the model's last correction and
-    become its newest targets; the prior absorbs the step; the model sees the features
-    and corrects the mean alignment and its standard error, so that gains move by
+    At each real step the residuals against the prior's forecast become targets of what
+    the model saw one step earlier; the prior absorbs the step; the model takes in the
+    features. As far as the model is trusted, gains then move by
 
         t = (m + delta) / (se exp(log_scale) + spread).
 
-    All three are zero in an untrained model, and are multiplied by the trust that the
-    calibration gives it, so the prior's behavior is the floor.
+    Every ``block_steps`` real steps the model's forecasts of those steps are scored,
+    which renews the trust, and only then the model learns from them: the scores are
+    out of sample. An untrained or untrusted model costs its features and its state;
+    what the prior would do is done, bit for bit.
     """
 
     def __init__(
@@ -61,12 +58,10 @@ class LearnedPredictor:
         self.model = self._build_model()
         self.calibration = Calibration()
         self._features.reset()
-        self._break_sequence()
-
-    def _break_sequence(self) -> None:
         self._seen: Tensor | None = None
-        self._said = Correction.none(self._size)
-        self._applied = self._said
+        self._code: Tensor | None = None
+        self._block: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._applied: Correction | None = None
 
     @property
     def moving(self) -> bool:
@@ -81,35 +76,44 @@ class LearnedPredictor:
 
     def observe(self, observation: Observation) -> None:
         """Learn from one accepted real step."""
-        alignment = observation.alignment
+        alignment = alignments(observation)
         surprise = self.prior.surprise(alignment)
         self.prior.absorb(observation, alignment)
         if self._size == 0:
             return
         # An ambient autocast would change the model's arithmetic behind its back.
         with torch.autocast("cpu", enabled=False):
-            if self._seen is not None and surprise is not None:
-                targets = self._targets(surprise)
-                self.calibration.add(targets, self._said)
-                self.model.learn(self._seen, targets)
+            if self._seen is not None and self._code is not None:
+                sample = (self._seen, self._code, self._targets(surprise))
+                self._block.append(sample)
+                if len(self._block) >= self.model.block_steps:
+                    self._learn_block()
             self._seen = self._features.extract(observation, alignment, self.prior)
-            self._said = self.model.correct(self._seen)
-        self._applied = self.calibration.applied(self._said)
+            self._code = self.model.encode(self._seen)
+            self._applied = None
+            if self.calibration.trusted:
+                said = self.model.decode(self._code)
+                self._applied = self.calibration.applied(said)
         self.prior.grow(observation.lr_ratio, self._significance())
 
     def forecast(self, slopes: Tensor) -> Forecast:
         """Propose the move behind the base step just taken, as the prior does."""
-        worth = self.prior.worth(self._applied if self._size else None)
-        spread = float(self._said.spread[:, STEP].mean()) if self._size else 0.0
-        confidence = self.calibration.confidence(spread)
+        confidence = 1.0
+        if self._applied is not None:
+            spread = float(self._applied.spread[:, STEP].mean())
+            confidence = self.calibration.confidence(spread)
+        worth = self.prior.worth(self._applied)
         return self.prior.forecast_with(slopes, worth, confidence, self.model.latent)
 
     def feedback(self, outcome: Outcome) -> None:
         """As the prior; a rollback also breaks the model's sequence."""
         self.prior.feedback(outcome)
         if outcome.rolled_back:
+            if self._block:
+                with torch.autocast("cpu", enabled=False):
+                    self._learn_block()
             self.model.restart()
-            self._break_sequence()
+            self._seen = self._code = self._applied = None
 
     def reset(self) -> None:
         """Forget everything but ``moving``; the next forecast is the prior's."""
@@ -122,10 +126,11 @@ class LearnedPredictor:
         The trend, plus the residuals that the model imagines as far as it is trusted.
         """
         means, sigmas = self.prior.loss_path(horizon)
-        imagined = self.model.imagine(horizon) if self._size else None
-        if imagined is None or not math.isfinite(self.prior.trend.sigma):
+        sigma = self.prior.trend.sigma
+        imagined = self.model.imagine(horizon) if self.calibration.trusted else None
+        if imagined is None or not math.isfinite(sigma):
             return means, sigmas
-        sigma, said = self.prior.trend.sigma, self.calibration.applied(imagined)
+        said = self.calibration.applied(imagined)
         shift = said.mean[:, CHANNEL_LOSS].tolist()
         blur = (said.log_scale.exp() + said.spread)[:, CHANNEL_LOSS].tolist()
         return (
@@ -135,18 +140,33 @@ class LearnedPredictor:
 
     # -- parts -----------------------------------------------------------------------
 
-    def _targets(self, surprise: Tensor) -> Tensor:
+    def _targets(self, surprise: Tensor | None) -> Tensor:
         """(L, CHANNELS) residuals of this step against the prior's forecast of it."""
-        shared = torch.tensor(
-            [self.prior.trend.surprise, self.prior.efficiency.surprise],
-            dtype=torch.float64,
-            device="cpu",
-        ).expand(self._size, CHANNELS - BASIS_SIZE)
-        targets = torch.cat((surprise, shared), 1)
+        shared = [self.prior.trend.surprise, self.prior.efficiency.surprise]
+        targets = torch.empty(self._size, CHANNELS, dtype=torch.float64, device="cpu")
+        if surprise is None:
+            targets[:, :BASIS_SIZE] = math.nan
+        else:
+            targets[:, :BASIS_SIZE] = surprise
+        for channel, value in enumerate(shared, BASIS_SIZE):
+            targets[:, channel] = value
         return targets.clamp_(-_TARGET_LIMIT, _TARGET_LIMIT)
 
-    def _significance(self) -> Tensor:
+    def _learn_block(self) -> None:
+        """Score what was said about the steps that wait, then learn from them."""
+        features, codes, targets = (
+            torch.stack([sample[part] for sample in self._block]) for part in range(3)
+        )
+        self._block = []
+        # The weights are those of the time: they change in ``learn`` only.
+        self.calibration.add(targets, self.model.decode(codes))
+        self.model.learn(features, targets)
+
+    def _significance(self) -> Tensor | None:
+        """(L, J) corrected t-values; None while the prior's own are in force."""
         gains, said = self.prior.gains, self._applied
+        if said is None:
+            return None
         unit = gains.deviation + DEVIATION_FLOOR
         shift = said.mean[:, :BASIS_SIZE] * unit
         error = gains.error * said.log_scale[:, :BASIS_SIZE].exp()
@@ -155,9 +175,8 @@ class LearnedPredictor:
     # -- state ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Prior, model, calibration, and the correction that is in force."""
-        said = (self._said.mean, self._said.log_scale, self._said.spread)
-        used = (self._applied.mean, self._applied.log_scale, self._applied.spread)
+        """Prior, model, calibration, waiting samples, the correction in force."""
+        applied = self._applied
         return {
             "kind": self.kind,
             "prior": self.prior.state_dict(),
@@ -165,7 +184,11 @@ class LearnedPredictor:
             "calibration": self.calibration.state_dict(),
             "features": self._features.state_dict(),
             "seen": None if self._seen is None else self._seen.clone(),
-            "corrections": torch.stack((*said, *used)),
+            "code": None if self._code is None else self._code.clone(),
+            "block": [[part.clone() for part in sample] for sample in self._block],
+            "applied": None
+            if applied is None
+            else torch.stack((applied.mean, applied.log_scale, applied.spread)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,17 +197,29 @@ class LearnedPredictor:
 
     def _load(self, state: dict[str, Any]) -> None:
         check_kind(state, self.kind)
-        none = Correction.none(self._size).mean
-        like = torch.stack([none] * 6)
-        corrections = tensor_like(state, "corrections", like)
         self.prior.load_state_dict(state["prior"])
+        self.model.load_state_dict(state["model"])
         self.calibration.load_state_dict(state["calibration"])
         self._features.load_state_dict(state["features"])
-        self.model.load_state_dict(state["model"])
-        self._seen = None
-        if state["seen"] is not None:
-            width = len(FEATURES)
-            empty = torch.zeros(self._size, width, dtype=torch.float32, device="cpu")
-            self._seen = tensor_like(state, "seen", empty)
-        self._said = Correction(corrections[0], corrections[1], corrections[2])
-        self._applied = Correction(corrections[3], corrections[4], corrections[5])
+        seen = torch.zeros(self._size, len(FEATURES), dtype=torch.float32, device="cpu")
+        code = seen.new_zeros(self._size, self.model.code_size)
+        target = torch.zeros(self._size, CHANNELS, dtype=torch.float64, device="cpu")
+        self._seen = _optional(state, "seen", seen)
+        self._code = _optional(state, "code", code)
+        applied = _optional(state, "applied", target.expand(3, -1, -1))
+        self._applied = None if applied is None else Correction(*applied.unbind(0))
+        block = []
+        for sample in state["block"]:
+            named = dict(zip(("seen", "code", "target"), sample, strict=True))
+            block.append(
+                (
+                    tensor_like(named, "seen", seen),
+                    tensor_like(named, "code", code),
+                    tensor_like(named, "target", target),
+                )
+            )
+        self._block = block
+
+
+def _optional(state: dict[str, Any], key: str, like: Tensor) -> Tensor | None:
+    return None if state[key] is None else tensor_like(state, key, like)

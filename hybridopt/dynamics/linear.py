@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridopt.config import Linear
-from hybridopt.dynamics.correction import CHANNELS, LOG_SCALE_LIMIT, Correction
+from hybridopt.dynamics.correction import (
+    BLOCK_STEPS,
+    CHANNELS,
+    LOG_SCALE_LIMIT,
+    Correction,
+)
 from hybridopt.dynamics.features import FEATURES
 from hybridopt.dynamics.state import tensor_like
 
@@ -18,7 +24,7 @@ _WIDTH = len(FEATURES) + 1
 
 
 class LinearModel:
-    """Discounted ridge regression of the residuals, solved anew at every real step.
+    """Discounted ridge regression of the residuals, solved anew every few real steps.
 
     With x a tensor's features and a constant, y its residuals, averages over tensors,
     and memory gamma:
@@ -33,6 +39,8 @@ class LinearModel:
     Source: recursive least squares with exponential forgetting.
     """
 
+    block_steps = BLOCK_STEPS
+    code_size = len(FEATURES)
     MINIMUM_STEPS = 8
     """Steps before anything is said."""
 
@@ -63,9 +71,9 @@ class LinearModel:
 
     @staticmethod
     def _inputs(features: Tensor) -> Tensor:
-        """(L, F + 1) float64: the features and a constant."""
-        one = torch.ones(len(features), 1, dtype=torch.float64, device="cpu")
-        return torch.cat((features.double(), one), 1)
+        """(samples, F + 1) float64: the features and a constant."""
+        flat = features.reshape(-1, features.shape[-1]).double()
+        return F.pad(flat, (0, 1), value=1.0)
 
     def _sigma(self) -> Tensor:
         """(CHANNELS,) root mean square of the one-step-ahead errors; 1 at first."""
@@ -73,11 +81,17 @@ class LinearModel:
         known = square / weight.clamp_min(1e-12)
         return torch.where(weight > 0, known, 1.0).sqrt()
 
-    def correct(self, features: Tensor) -> Correction:
-        """Correct the prior from one real step's (L, F) features."""
+    def encode(self, features: Tensor) -> Tensor:
+        """The features themselves: there is no state."""
+        return features
+
+    def decode(self, codes: Tensor) -> Correction:
+        """What (..., L, F) features say about the step after."""
+        shape = (*codes.shape[:-1], CHANNELS)
         if self._steps < self.MINIMUM_STEPS:
-            return Correction.none(len(features))
-        inputs = self._inputs(features)
+            zero = self._zeros(*shape)
+            return Correction(zero, zero, zero)
+        inputs = self._inputs(codes)
         sigma = self._sigma()
         bound = LOG_SCALE_LIMIT
         log_scale = (
@@ -85,27 +99,29 @@ class LinearModel:
         )
         half = torch.linalg.solve_triangular(self._factor, inputs.T, upper=False)
         leverage = half.square().sum(0).sqrt()
-        return Correction(
-            inputs @ self._weights, log_scale, torch.outer(leverage, sigma)
-        )
+        spread = torch.outer(leverage, sigma)
+        mean = inputs @ self._weights
+        return Correction(mean.view(shape), log_scale.view(shape), spread.view(shape))
 
     def learn(self, features: Tensor, targets: Tensor) -> None:
-        """Add one step to the sums and solve."""
-        memory = self._config.memory
+        """Add a few steps to the sums and solve; within them nothing is discounted."""
+        steps, size = features.shape[:2]
+        memory = self._config.memory**steps
         inputs = self._inputs(features)
         said = inputs @ self._weights
+        targets = targets.reshape(-1, CHANNELS)
         known = ~targets.isnan()
         # A target that was not observed teaches nothing: stand-in is what was said.
         filled = torch.where(known, targets, said)
         square = (filled - said).square().sum(0)
         counts = known.sum(0)
-        sample = torch.stack((square, counts.double())) / len(inputs)
+        sample = torch.stack((square, counts.double())) / size
         self._errors = torch.where(
             counts > 0, memory * self._errors + sample, self._errors
         )
-        self._gram = memory * self._gram + inputs.T @ inputs / len(inputs)
-        self._cross = memory * self._cross + inputs.T @ filled / len(inputs)
-        self._steps += 1
+        self._gram = memory * self._gram + inputs.T @ inputs / size
+        self._cross = memory * self._cross + inputs.T @ filled / size
+        self._steps += steps
         self._solve()
 
     def imagine(self, horizon: int) -> Correction | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridopt.config import MLP
-from hybridopt.dynamics.correction import CHANNELS, Correction
+from hybridopt.dynamics.correction import BLOCK_STEPS, CHANNELS, Correction
 from hybridopt.dynamics.features import FEATURES
 from hybridopt.dynamics.state import seeded_generator, tensor_like
 from hybridopt.dynamics.training import (
@@ -27,11 +27,14 @@ class MLPModel:
 
     BATCH_SIZE = 256
 
+    code_size = len(FEATURES)
+
     latent: Tensor | None = None
     """None: the model has no state that would tell situations apart."""
 
     def __init__(self, config: MLP, size: int, seed: int) -> None:
         self._interval = config.train_interval_steps
+        self.block_steps = min(BLOCK_STEPS, self._interval)
         self._generator = seeded_generator(seed)
         width = config.hidden_size
         shapes = {
@@ -53,16 +56,22 @@ class MLPModel:
         hidden = F.silu(torch.addmm(weights["second_bias"], hidden, weights["second"]))
         return torch.addmm(weights["output_bias"], hidden, weights["output"])
 
-    def correct(self, features: Tensor) -> Correction:
-        """Correct the prior from one real step's (L, F) features."""
-        output = self._forward(self._network.weights, features).double()
-        mean, log_scale = split_channels(output)
+    def encode(self, features: Tensor) -> Tensor:
+        """The features themselves: there is no state."""
+        return features
+
+    def decode(self, codes: Tensor) -> Correction:
+        """What (..., L, F) features say about the step after."""
+        flat = codes.reshape(-1, codes.shape[-1])
+        output = self._forward(self._network.weights, flat).double()
+        mean, log_scale = split_channels(output.view(*codes.shape[:-1], -1))
         return Correction(mean, log_scale, torch.zeros_like(mean))
 
     def learn(self, features: Tensor, targets: Tensor) -> None:
-        """Keep one step; train once every ``train_interval_steps``."""
+        """Keep a few steps; train once every ``train_interval_steps``."""
+        due = self._ring.added // self._interval
         self._ring.add(features, targets, None)
-        if self._ring.added % self._interval == 0:
+        if self._ring.added // self._interval > due:
             self.train()
 
     def train(self) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
-from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains
+from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
 from hybridopt.dynamics.state import load_or_undo, tensor_like
 from hybridopt.dynamics.trend import Efficiency, LossTrend
-from hybridopt.types import BASIS_SIZE, LAG, Forecast, Observation, Outcome
+from hybridopt.types import BASIS_SIZE, LAG, STEP, Forecast, Observation, Outcome
 
 __all__ = ["PriorPredictor", "Worth", "check_kind"]
 
@@ -67,7 +67,7 @@ class PriorPredictor:
 
     def observe(self, observation: Observation) -> None:
         """Learn from one accepted real step."""
-        self.absorb(observation, observation.alignment)
+        self.absorb(observation, alignments(observation))
         self.grow(observation.lr_ratio)
 
     def forecast(self, slopes: Tensor) -> Forecast:
@@ -155,19 +155,8 @@ class PriorPredictor:
     ) -> Forecast:
         """Assemble the forecast from its parts and record the proposed move."""
         coefficients = self.gains.coefficients()
-        begin = slopes.unsqueeze(1)
-        if self.gains.drift_enabled:
-            # v = beta (v_before + s), so -<g, v> needs no pass over the weights.
-            lag = (slopes - self._lag_dots).mul_(self.gains.beta)
-            begin = torch.stack((slopes, lag), 1)
-        decrease = coefficients * begin
-        self._move, self._move_slope = coefficients, float(decrease.sum())
-        total = float(slopes.clamp_min(0.0).sum())
-        first_order = (
-            float(decrease.clamp_min_(0.0).sum()) / total if total > 0 else 0.0
-        )
-        if not math.isfinite(first_order):
-            first_order = 0.0
+        self._move = coefficients
+        self._move_slope, first_order = self._first_order(coefficients, slopes)
         known = self.gains.count > 0 and worth.efficiency > 0.0
         bound = worth.efficiency_lower / worth.efficiency if known else 0.0
         return Forecast(
@@ -179,6 +168,27 @@ class PriorPredictor:
             loss_sigma=worth.loss_sigma,
             latent=latent,
         )
+
+    def _first_order(self, coefficients: Tensor, slopes: Tensor) -> tuple[float, float]:
+        """The slope along the whole move, and its first-order worth in base steps.
+
+        A loop over host numbers: sums over a few tensors cost less here than there.
+        """
+        beta = self.gains.beta
+        steps = slopes.tolist()
+        gained = coefficients.tolist()
+        before = self._lag_dots.tolist()
+        decreases = [a[STEP] * step for a, step in zip(gained, steps, strict=True)]
+        # v = beta (v_before + s), so -<g, v> needs no pass over the weights.
+        decreases += [
+            a[LAG] * beta * (step - dot)
+            for a, step, dot in zip(gained, steps, before, strict=True)
+        ]
+        worth = sum([decrease for decrease in decreases if decrease > 0.0])
+        total = sum([step for step in steps if step > 0.0])
+        if not (total > 0.0 and math.isfinite(worth / total)):
+            return sum(decreases), 0.0
+        return sum(decreases), worth / total
 
     def loss_path(self, horizon: int) -> tuple[list[float], list[float]]:
         """Expected losses of the next ``horizon`` real steps, standard deviations."""

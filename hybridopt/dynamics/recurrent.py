@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hybridopt.config import RSSM
-from hybridopt.dynamics.correction import Correction
-from hybridopt.dynamics.features import ACTIONS
+from hybridopt.dynamics.correction import BLOCK_STEPS, Correction
+from hybridopt.dynamics.features import ACTION_COUNT, ACTIONS
 from hybridopt.dynamics.rssm import RSSMNetwork, State
 from hybridopt.dynamics.state import seeded_generator, tensor_like
 from hybridopt.dynamics.training import FlatNetwork, SampleRing
@@ -28,8 +28,10 @@ class RSSMModel:
     def __init__(self, config: RSSM, size: int, seed: int) -> None:
         self._config = config
         self._size = size
+        self.block_steps = min(BLOCK_STEPS, config.train_interval_steps)
         self._generator = seeded_generator(seed)
         self.network = RSSMNetwork(config)
+        self.code_size = config.hidden_size + self.network.latent_size
         self._weights = FlatNetwork(
             self.network.shapes,
             RSSMNetwork.ZERO,
@@ -43,7 +45,7 @@ class RSSMModel:
         """The trajectory broke: recurrent states start from zero again."""
         self._state = self.network.start(self._size)
         self._actions = torch.zeros(
-            self._size, len(ACTIONS), dtype=torch.float32, device="cpu"
+            self._size, ACTION_COUNT, dtype=torch.float32, device="cpu"
         )
         self._ring.break_sequence()
 
@@ -54,16 +56,16 @@ class RSSMModel:
             return None
         return self._state.hidden.mean(0).double()
 
-    def correct(self, features: Tensor) -> Correction:
-        """Step the state by (L, F) features and say what the ensemble expects next."""
+    def encode(self, features: Tensor) -> Tensor:
+        """Step the state by (L, F) features; h and z side by side."""
         weights = self._weights.weights
         self._state = self.network.observe(weights, self._state, features)
-        self._actions = features[:, list(ACTIONS)]
-        return self._ensemble(self._state)
+        self._actions = features[:, ACTIONS]
+        return torch.cat((self._state.hidden, self._state.latent), 1)
 
-    def _ensemble(self, state: State) -> Correction:
-        both = torch.cat((state.hidden, state.latent), 1)
-        mean, log_scale = self.network.predict(self._weights.weights, both)
+    def decode(self, codes: Tensor) -> Correction:
+        """What the ensemble expects after the states (..., L, h + z)."""
+        mean, log_scale = self.network.predict(self._weights.weights, codes)
         spread, center = torch.std_mean(mean.double(), -2, correction=0)
         return Correction(center, log_scale.double().mean(-2), spread)
 
@@ -73,22 +75,24 @@ class RSSMModel:
         """
         weights = self._weights.weights
         later = self.network.imagine(weights, self._state, self._actions, horizon - 1)
-        said = [self._ensemble(state) for state in (self._state, *later)]
+        states = (self._state, *later)
+        codes = [torch.cat((state.hidden, state.latent), 1) for state in states]
+        said = self.decode(torch.stack(codes))
         return Correction(
-            torch.stack([s.mean.mean(0) for s in said]),
-            torch.stack([s.log_scale.mean(0) for s in said]),
-            torch.stack([s.spread.mean(0) for s in said]),
+            said.mean.mean(1), said.log_scale.mean(1), said.spread.mean(1)
         )
 
     def learn(self, features: Tensor, targets: Tensor) -> None:
-        """Keep one step; train once every ``train_interval_steps``."""
-        shape = (self._ring.tensors, self._config.ensemble_size)
+        """Keep a few steps; train once every ``train_interval_steps``."""
+        config, ring = self._config, self._ring
+        shape = (len(features), ring.tensors, config.ensemble_size)
         shown = torch.rand(
             shape, generator=self._generator, dtype=torch.float32, device="cpu"
         )
-        self._ring.add(features, targets, (shown < 0.5).float())
-        due = self._ring.added % self._config.train_interval_steps == 0
-        if due and len(self._ring) >= self._config.sequence_steps:
+        due = ring.added // config.train_interval_steps
+        ring.add(features, targets, (shown < 0.5).float())
+        due = ring.added // config.train_interval_steps - due
+        if due and len(ring) >= config.sequence_steps:
             self.train()
 
     def train(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridopt.config import RSSM
 from hybridopt.dynamics.correction import CHANNELS
-from hybridopt.dynamics.features import ACTIONS, FEATURES
+from hybridopt.dynamics.features import ACTION_COUNT, ACTIONS, FEATURES
 from hybridopt.dynamics.training import gaussian_loss, split_channels
 
 __all__ = ["RSSMNetwork", "State"]
@@ -60,7 +60,7 @@ class RSSMNetwork:
         self.shapes: dict[str, tuple[int, ...]] = {
             "embed": (width, hidden),
             "embed_bias": (hidden,),
-            "cell": (hidden + latent + len(ACTIONS), 3 * hidden),
+            "cell": (hidden + latent + ACTION_COUNT, 3 * hidden),
             "cell_bias": (3 * hidden,),
             "prior": (hidden, latent),
             "prior_bias": (latent,),
@@ -72,7 +72,6 @@ class RSSMNetwork:
             "heads_bias": (outputs,),
         }
         """Shape per weight; matrices are (inputs, outputs)."""
-        self._actions = list(ACTIONS)
         self._one_hot = torch.eye(config.classes, dtype=torch.float32, device="cpu")
 
     def start(self, size: int) -> State:
@@ -88,7 +87,7 @@ class RSSMNetwork:
 
     def observe(self, weights: Weights, state: State, features: Tensor) -> State:
         """Step (B, F) features into the state, with the posterior's mode as latent."""
-        actions = features[:, self._actions]
+        actions = features[:, ACTIONS]
         hidden = self._core(weights, state.hidden, state.latent, actions)
         logits = self._posterior(weights, hidden, self._embed(weights, features))
         return State(hidden, self._mode(logits))
@@ -190,9 +189,8 @@ class RSSMNetwork:
     def _log_mix(self, logits: Tensor) -> Tensor:
         """Log probabilities (..., categoricals, classes), unimix mixed in."""
         unimix = self.config.unimix
-        mixed = (1 - unimix) * self._classes(logits).softmax(
-            -1
-        ) + unimix / self.config.classes
+        mixed = (1 - unimix) * self._classes(logits).softmax(-1)
+        mixed = mixed + unimix / self.config.classes
         # Without unimix a probability may underflow to zero.
         return mixed.clamp_min(1e-12).log()
 
@@ -206,7 +204,7 @@ class RSSMNetwork:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior pass over T steps: h and z (T, B, ...), posterior logits."""
         embedded = self._embed(weights, features)
-        actions = features[..., self._actions]
+        actions = features[..., ACTIONS]
         begin = self.start(features.shape[1])
         hidden, latent = begin.hidden, begin.latent
         keep = (~first).float().unsqueeze(-1)

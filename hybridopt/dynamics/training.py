@@ -145,17 +145,18 @@ class SampleRing:
         return min(self.added, self.CAPACITY)
 
     def add(self, features: Tensor, targets: Tensor, extra: Tensor | None) -> None:
-        """Append one step: (L, F) and (L, CHANNELS), and (tracked, extra) columns."""
-        both = torch.cat((features, targets.float()), 1)
+        """Append successive steps: (T, L, F), (T, L, CHANNELS), (T, tracked, extra)."""
+        both = torch.cat((features, targets.float()), -1)
         if self._tracked is not None:
-            both = both[self._tracked]
+            both = both[:, self._tracked]
         if extra is not None:
-            both = torch.cat((both, extra), 1)
-        at = self.added % self.CAPACITY
-        self._rows[at] = both
-        self._first[at] = self._broken
-        self._broken = False
-        self.added += 1
+            both = torch.cat((both, extra), -1)
+        for row in both:
+            at = self.added % self.CAPACITY
+            self._rows[at] = row
+            self._first[at] = self._broken
+            self._broken = False
+            self.added += 1
 
     def break_sequence(self) -> None:
         """The next row does not follow from the last one."""

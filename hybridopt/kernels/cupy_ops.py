@@ -50,7 +50,7 @@ class CupyOps:
         self.device = device
         self._reference = TorchOps()
         try:
-            if device.index is None:
+            if str(device) == "cuda":
                 self.device = torch.device("cuda", torch.cuda.current_device())
             self.launcher = Launcher(cupy, self.device)
             # A broken set-up shows here and by its cause, not in the training loop.

@@ -232,40 +232,34 @@ class RichDisplay:
 
 
 def _table(runs: list[RunProgress]) -> Any:
-    """All runs as a rich table."""
-    table = require("rich.table", "the live display").Table(box=None, pad_edge=False)
+    """Two lines per run, within 80 columns: bar and losses, phase and counts."""
+    table = require("rich.table", "the live display").Table
     bar = require("rich.progress_bar", "the live display").ProgressBar
-    headings = (
-        "run",
-        "progress",
-        "steps",
-        "loss",
-        "held-out",
-        "phase",
-        "confidence",
-        "real",
-        "predicted",
-        "rolled back",
-        "ETA",
-    )
-    left = ("run", "progress", "phase")
-    for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in left else "right", no_wrap=True
-        )
+    group = require("rich.console", "the live display").Group
+    text = require("rich.text", "the live display").Text
+    blocks = []
     for run in runs:
-        hybrid = run.phase != "-"
-        table.add_row(
+        grid = table.grid(padding=(0, 2))
+        for width in (10, 14, 9, 11, 15, 9):
+            grid.add_column(width=width, no_wrap=True)
+        grid.add_row(
             run.name,
-            bar(total=max(1, run.total_steps), completed=run.steps, width=20),
+            bar(total=max(1, run.total_steps), completed=run.steps, width=14),
             f"{run.steps}/{run.total_steps}",
-            _number(run.loss),
-            _number(run.validation_loss),
-            run.phase,
-            _number(run.confidence, 2) if hybrid else "-",
-            str(run.real_steps),
-            str(run.predicted_steps) if hybrid else "-",
-            str(run.rolled_back_steps) if hybrid else "-",
-            "done" if run.done else _duration(run.eta_s),
+            f"loss {_number(run.loss)}",
+            f"held-out {_number(run.validation_loss)}",
+            "done" if run.done else f"ETA {_duration(run.eta_s)}",
         )
-    return table
+        blocks.append(grid)
+        if run.phase != "-":
+            blocks.append(text(" " * 12 + _counts(run), style="dim"))
+    return group(*blocks)
+
+
+def _counts(run: RunProgress) -> str:
+    """Phase, confidence and step counts of a hybrid run."""
+    return (
+        f"{run.phase}, confidence {_number(run.confidence, 2)}: "
+        f"{run.real_steps} real, {run.predicted_steps} predicted, "
+        f"{run.rolled_back_steps} rolled back"
+    )

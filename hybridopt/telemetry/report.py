@@ -75,9 +75,9 @@ def comparison_report(comparisons: Sequence[Comparison], origin: Provenance) -> 
         "<h2>Loss against steps</h2>",
         _figure(
             lambda axes: plots.plot_loss_by_step(axes, first),
-            "Loss against scheduled steps. Dots: held-out loss; thin lines: running mean "
-            "of the mini-batch losses. Shading: share of the hybrid run's steps in each "
-            "phase; unshaded is Full.",
+            "Loss against scheduled steps. Dots: held-out loss; thin lines: running "
+            "mean of the mini-batch losses. Shading: share of the hybrid run's steps "
+            "in each phase; unshaded is Full.",
         ),
         *_hybrid_sections(first.hybrid.records),
         *_gain_section(first.hybrid),
@@ -143,7 +143,7 @@ def _hybrid_sections(records: Sequence[StepRecord]) -> list[str]:
                 lambda axes: plots.plot_forecasts(axes, records),
                 f"Loss expected at the end of each Predict phase against the loss of "
                 f"the next measured batch; {len(pairs)} phases, mean absolute error "
-                f"{error:.1%}. Dashed: equal. Both include the noise of single batches.",
+                f"{error:.1%}. Dashed: equal. Single batches are noisy.",
                 size=(6, 5),
             )
         )

@@ -9,9 +9,11 @@ from hybridopt.history import Window
 
 __all__ = ["NoiseMeter"]
 
-# Rounding of a float32 loss, in units of the loss: a change below this many ulps says
-# nothing about noise.
-_ROUNDING = 16 * 2.0**-24
+# A change of the loss below this share of it says nothing about noise: float32 losses
+# are sums of many terms, each rounded. 256 units of the last place.
+_ROUNDING = 256 * 2.0**-24
+# Ratio between "noisy beyond doubt" and "low".
+_DOUBT = 4.0
 
 
 class NoiseMeter:
@@ -68,6 +70,15 @@ class NoiseMeter:
     def is_low(self) -> bool:
         """Whether the loss is smooth enough for secant pairs; False until decided."""
         return self.decided and self.misfit < self.threshold
+
+    @property
+    def is_high(self) -> bool:
+        """Whether it is noisy beyond doubt, so that secant pairs can be given up.
+
+        Between low and high lies a spike of a smooth loss at a large learning rate, or
+        the first steps of a noisy one, when all batches still agree.
+        """
+        return self.decided and self.misfit > _DOUBT * self.threshold
 
     def reset(self) -> None:
         """Forget every move."""

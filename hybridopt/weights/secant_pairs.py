@@ -16,6 +16,9 @@ from hybridopt.errors import CheckpointError
 
 __all__ = ["PairMemory"]
 
+_CURVATURE_FLOOR = 1e-6
+"""Floor under a weight's sum of y^2, relative to the mean over weights."""
+
 
 class PairMemory:
     """A ring of secant pairs that applies the L-BFGS inverse Hessian in four passes.
@@ -28,7 +31,7 @@ class PairMemory:
         count: Pairs in memory.
         head: Slot that the next pair is written to; the oldest one's once full.
 
-    Memory: 2 m n in the parameters' dtype and m^2 in float64.
+    Memory: 2 (m + 1) n in the parameters' dtype and m^2 in float64.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class PairMemory:
         self.head = 0
         self._s = torch.zeros(capacity, size, dtype=dtype, device=device)
         self._y = torch.zeros(capacity, size, dtype=dtype, device=device)
+        # Sums over the stored pairs of s^2 and y^2, per weight.
+        self._squares = torch.zeros(2, size, dtype=dtype, device=device)
         # Entry (i, j) is s_i . y_j in slot order, valid where j is not older than i.
         self._products = torch.zeros(
             capacity, capacity, dtype=torch.float64, device=device
@@ -70,29 +75,56 @@ class PairMemory:
         slot, scale = self.head, 1.0 / math.sqrt(ss)
         if not math.isfinite(scale):
             return False
+        if self.count == self.capacity:
+            self._squares[0].addcmul_(self._s[slot], self._s[slot], value=-1.0)
+            self._squares[1].addcmul_(self._y[slot], self._y[slot], value=-1.0)
         torch.mul(s, scale, out=self._s[slot])
         torch.mul(y, scale, out=self._y[slot])
+        self._squares[0].addcmul_(self._s[slot], self._s[slot])
+        self._squares[1].addcmul_(self._y[slot], self._y[slot])
         self.count = min(self.count + 1, self.capacity)
         self.head = (slot + 1) % self.capacity
         self._products[: self.count, slot] = self._s[: self.count] @ self._y[slot]
+        if self.head == 0:
+            # Subtracting pairs leaves rounding behind: start afresh once per round.
+            torch.sum(self._s * self._s, 0, out=self._squares[0])
+            torch.sum(self._y * self._y, 0, out=self._squares[1])
         return True
 
-    def solve(self, gradient: Tensor, scale: Tensor) -> Tensor:
+    def diagonal(self, scale: Tensor) -> Tensor:
+        """A diagonal estimate of the inverse Hessian, up to a common factor.
+
+        The geometric mean of ``scale`` and of sqrt(sum s_i^2 / sum y_i^2) per weight
+        i, sums over the stored pairs: how far a weight moved per change of its own
+        gradient. Either alone is worse on some problem; a floor under the second sum,
+        relative to its mean, keeps weights without curvature finite.
+
+        Args:
+            scale: (n,) the base optimizer's diagonal, read only.
+
+        Returns:
+            (n,) new tensor, not negative.
+        """
+        moved, changed = self._squares.clamp_min(0.0)
+        floor = _CURVATURE_FLOOR * changed.mean() + torch.finfo(scale.dtype).tiny
+        return moved.div_(changed.add_(floor)).sqrt_().mul_(scale).sqrt_()
+
+    def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:
         """H g, the L-BFGS inverse Hessian times a vector.
 
         With S and Y the pairs as rows, oldest first, R the upper triangle of S Y',
-        D its diagonal, and H0 = gamma diag(scale), gamma = s.y / y.(scale y) of the
-        newest pair, the two loops of L-BFGS are two triangular systems:
+        D its diagonal, and H0 = gamma diag(scale), gamma = boost * s.y / y.(scale y) of
+        the newest pair, the two loops of L-BFGS are two triangular systems:
 
             R a = S g,   q = g - Y'a,   r = H0 q,   R'd = D a - Y r,   H g = r + S'd.
 
         Args:
             gradient: (n,), read only.
-            scale: (n,) positive diagonal, read only.
+            scale: (n,) diagonal, not negative, read only.
+            boost: Factor on gamma.
 
         Returns:
-            (n,) new tensor; all zero times the gradient when there are no pairs is
-            never returned: call it with ``count`` >= 1 only.
+            (n,) new tensor. Needs at least one pair.
 
         Cost: two passes over S, two over Y; about 20 tensor operations whatever m is.
 
@@ -104,7 +136,7 @@ class PairMemory:
         S, Y = self._s[:k], self._y[:k]
         newest = self._y[(self.head - 1) % self.capacity]
         slot = (self.head - 1) % self.capacity
-        gamma = self._products[slot, slot] / (newest @ (scale * newest))
+        gamma = boost * self._products[slot, slot] / (newest @ (scale * newest))
         shift = -self.head if k == self.capacity else 0
         R = self._products[:k, :k]
         if shift:
@@ -126,6 +158,7 @@ class PairMemory:
     def clear(self) -> None:
         """Forget every pair; the buffers stay."""
         self.count = self.head = 0
+        self._squares.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Pairs in memory and their products, copied."""
@@ -136,6 +169,7 @@ class PairMemory:
             "s": self._s[:k].clone(),
             "y": self._y[:k].clone(),
             "products": self._products[:k, :k].clone(),
+            "squares": self._squares.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,6 +182,7 @@ class PairMemory:
             and head == (k if k < self.capacity else head) % self.capacity
             and s.shape == y.shape == (k, self.size)
             and products.shape == (k, k)
+            and state["squares"].shape == (2, self.size)
         )
         if not fits:
             raise CheckpointError(
@@ -157,4 +192,5 @@ class PairMemory:
             )
         self._s[:k], self._y[:k] = s, y
         self._products[:k, :k] = products
+        self._squares.copy_(state["squares"])
         self.count, self.head = k, head

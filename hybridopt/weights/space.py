@@ -20,10 +20,10 @@ from torch import Tensor
 from hybridopt.config import HybridConfig
 from hybridopt.errors import ConfigError
 from hybridopt.protocols import Ops
-from hybridopt.types import BASIS_SIZE
 from hybridopt.weights.local import local
+from hybridopt.weights.reading import PendingReading
 
-__all__ = ["ANCHOR", "KEYS", "Reading", "WeightSpace"]
+__all__ = ["ANCHOR", "KEYS", "WeightSpace"]
 
 ANCHOR = "hybrid_anchor"
 STEP_KEY = "hybrid_step"
@@ -32,21 +32,6 @@ KEYS = (ANCHOR, STEP_KEY, LAG_KEY)
 """Keys in ``state[p]``; a fixed set, all there after the base's first step."""
 
 _MIB = 2.0**20
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What one pass over gradients and basis measured, still on this rank.
-
-    Rows of tensors that had no gradient are zero.
-    """
-
-    statistics: Tensor
-    """(L, 1 + 2 J) float64 CPU: ||g||^2, <g, b_j>, ||b_j||^2 per tensor."""
-    loss: float
-    """Local loss; nan when there was none."""
-    slopes: Tensor
-    """(L,) float64 CPU: -<g, s> of the base step before this one."""
 
 
 class WeightSpace:
@@ -164,43 +149,20 @@ class WeightSpace:
 
     # -- one real step -------------------------------------------------------------
 
-    def observe(self, loss: Tensor | float | None) -> Reading:
-        """Measure gradient against basis; one transfer to the host per device.
+    def observe(self, loss: Tensor | float | None) -> PendingReading:
+        """Measure gradient against basis, on the device; ``wait`` brings the numbers.
 
         Reads everything, writes nothing.
         """
-        size = sum(len(b.rows) for b in self._all())
-        pending = self._slopes
-        width = 1 + 2 * BASIS_SIZE
-        statistics = torch.zeros(size, width, dtype=torch.float64)
-        slopes = torch.zeros(size, dtype=torch.float64)
-        host_loss = float(loss) if isinstance(loss, (int, float)) else float("nan")
-        extra = loss.detach().reshape(1) if isinstance(loss, Tensor) else None
-        for bucket in self._all():
-            if not bucket.gradients:
-                continue
-            values = self.ops.observe(bucket.gradients, bucket.basis)
-            pieces = [values.reshape(-1)]
-            before = next((s for s in pending if s[1].device == values.device), None)
-            if before is not None:
-                pending = [s for s in pending if s is not before]
-                pieces.append(before[1].to(values.dtype))
-            carries_loss = extra is not None and extra.device == values.device
-            if carries_loss and extra is not None:
-                pieces.append(extra.to(values.dtype))
-            host = torch.cat(pieces).to("cpu", torch.float64)
-            block = host[: values.numel()].view(len(bucket.rows), -1)
-            _scatter(statistics, bucket.rows, block)
-            cursor = values.numel()
-            if before is not None:
-                slopes[before[0]] = -host[cursor : cursor + len(before[0])]
-            if carries_loss:
-                host_loss, extra = float(host[-1]), None
-        for rows, late in pending:
-            slopes[rows] = -late.to("cpu", torch.float64)
-        if extra is not None:
-            host_loss = float(extra)
-        return Reading(statistics, host_loss, slopes)
+        buckets = self._all()
+        reading = PendingReading(sum(len(b.rows) for b in buckets), loss)
+        for bucket in buckets:
+            if bucket.gradients:
+                values = self.ops.observe(bucket.gradients, bucket.basis)
+                reading.add_statistics(bucket.rows, values)
+        for rows, slopes in self._slopes:
+            reading.add_slopes(rows, slopes)
+        return reading
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
@@ -374,17 +336,6 @@ class _Bucket:
     def basis(self) -> list[list[Tensor]]:
         """The directions in column order: STEP, then LAG."""
         return [part for part in (self.steps, self.lags) if part]
-
-
-def _scatter(statistics: Tensor, rows: list[int], block: Tensor) -> None:
-    """Write a bucket's rows; a reading with fewer directions leaves zeros."""
-    directions = (block.shape[1] - 1) // 2
-    if directions == BASIS_SIZE and len(rows) == len(statistics):
-        statistics.copy_(block)
-        return
-    columns = [0, *range(1, 1 + directions)]
-    columns += [1 + BASIS_SIZE + j for j in range(directions)]
-    statistics[torch.tensor(rows).unsqueeze(1), torch.tensor(columns)] = block
 
 
 def _dense(parameter: Tensor, row: int) -> Tensor:

@@ -42,6 +42,14 @@ def test_report_rebuilds_the_same_table(results, capsys):
     assert capsys.readouterr().out.strip() == document.strip()
 
 
+def test_case_names_alone_mean_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_run", lambda parsed: asked.append(parsed.cases) or 0)
+    assert cli.main(["control-minimax"]) == cli.main(["run", "controls"]) == 0
+    assert cli.main([]) == 0
+    assert asked == [["control-minimax"], ["controls"], []]
+
+
 def test_list_names_every_case(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out

@@ -22,8 +22,8 @@ from benchmarks.tasks.lora import Adapted, add_adapters
 from benchmarks.tasks.text import cpp_headers, held_out_windows, python_source
 
 CSV = "carat,cut,color,clarity,depth,table,price,x,y,z\n" + "\n".join(
-    f"{0.2 + i / 100},{('Ideal', 'Good')[i % 3 % 2]},{'DEF'[i % 3]},SI{1 + i % 2},{60 + i % 7},{55 + i % 5},{300 + 9 * i},"
-    f"{3 + i / 100},{3.1 + i / 90},{2 + i / 80}"
+    f"{0.2 + i / 100},{('Ideal', 'Good')[i % 2]},{'DEF'[i % 3]},SI{1 + i // 2 % 2},"
+    f"{60 + i % 7},{55 + i % 5},{300 + 9 * i},{3 + i / 100},{3.1 + i / 90},{2 + i / 80}"
     for i in range(400)
 )
 

@@ -119,9 +119,11 @@ def test_rich_display_draws_both_runs_with_their_counts():
     display.close()
     text = stream.getvalue()
     assert "a [bold]note[/bold] as it is" in text
-    assert "30/30" in text
-    assert "bare" in text
+    assert text.count("30/30") == 2
+    assert "held-out -" in text
+    assert "predict, confidence 0.50: 11 real, 18 predicted, 1 rolled back" in text
     assert "done" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_open_display_without_a_terminal_writes_lines():

@@ -49,6 +49,15 @@ def test_meter_notices_noise_above_the_step_size() -> None:
     assert not quadratic(0.1).is_low
 
 
+def test_meter_tells_doubt_from_certain_noise() -> None:
+    meter = NoiseMeter(SecantConfig(noise_threshold=0.1), window=1)
+    for misfit, low, high in [(0.05, True, False), (0.2, False, False)]:
+        meter.add(1.0, 0.5 - 0.5 * misfit, -0.5, -0.5)
+        assert (meter.is_low, meter.is_high) == (low, high)
+    meter.add(1.0, 0.2, -0.5, -0.5)
+    assert meter.is_high
+
+
 def test_meter_does_not_take_a_crossed_valley_for_noise() -> None:
     meter = NoiseMeter(SecantConfig())
     # f(x) = x^2 + 0.02 x^3 from -1 to 1.05: large slopes of opposite sign.
@@ -61,7 +70,7 @@ def test_meter_does_not_take_a_crossed_valley_for_noise() -> None:
 
 def test_meter_does_not_take_rounding_for_noise() -> None:
     meter = NoiseMeter(SecantConfig())
-    assert meter.add(1.0, 1.0 + 2.0**-23, -1e-12, -1e-12) < 0.2
+    assert meter.add(1.0, 1.0 + 2.0**-22, -1e-12, -1e-12) < 0.05
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -79,6 +79,39 @@ def test_pairs_solve_holds_in_float32() -> None:
     assert error < 1e-4
 
 
+def test_pairs_solve_boosts_the_initial_scale() -> None:
+    memory = PairMemory(3, 4, torch.float64, torch.device("cpu"))
+    s, y = random_pairs(1, 4, torch.float64)[0]
+    memory.add(s, y, 1e-4)
+    # Orthogonal to s and y only H0 acts, so the result there is proportional to boost.
+    basis = torch.linalg.qr(torch.stack([s, y], 1), mode="complete").Q
+    gradient, ones = basis[:, 2].clone(), torch.ones(4, dtype=torch.float64)
+    once, twice = memory.solve(gradient, ones), memory.solve(gradient, ones, 2.0)
+    torch.testing.assert_close(twice, 2.0 * once)
+
+
+@pytest.mark.parametrize("count", [3, 5, 9])
+def test_pairs_diagonal_is_the_mean_of_both_scales(count: int) -> None:
+    pairs = random_pairs(count, 6, torch.float64)
+    memory = PairMemory(5, 6, torch.float64, torch.device("cpu"))
+    for s, y in pairs:
+        memory.add(s, y, 1e-4)
+    kept = [(s / s.norm(), y / s.norm()) for s, y in pairs[-5:]]
+    moved = torch.stack([s for s, _ in kept]).norm(dim=0)
+    changed = torch.stack([y for _, y in kept]).norm(dim=0)
+    scale = torch.linspace(0.5, 3, 6, dtype=torch.float64)
+    expected = (moved / changed * scale).sqrt()
+    torch.testing.assert_close(memory.diagonal(scale), expected, rtol=1e-4, atol=0)
+
+
+def test_pairs_diagonal_is_finite_for_weights_that_never_moved() -> None:
+    memory = PairMemory(2, 3, torch.float32, torch.device("cpu"))
+    memory.add(torch.tensor([1.0, 0.0, 1e-3]), torch.tensor([2.0, 0.0, 0.0]), 1e-4)
+    diagonal = memory.diagonal(torch.ones(3))
+    assert torch.isfinite(diagonal).all()
+    assert diagonal[1] == 0.0
+
+
 @pytest.mark.parametrize("value", [-1.0, 1e-5, math.nan, math.inf])
 def test_pairs_refuse_bad_curvature(value: float) -> None:
     memory = PairMemory(4, 2, torch.float64, torch.device("cpu"))
@@ -295,8 +328,8 @@ def test_mover_abandons_the_move_but_keeps_pairs() -> None:
 def test_affordable_pairs_follow_the_budget() -> None:
     config = SecantConfig(pairs=100)
     assert affordable_pairs(config, 1000, 4, 64 * 2**20) == 100
-    assert affordable_pairs(config, 1000, 4, 25 * 4000) == 10
-    assert affordable_pairs(config, 1000, 4, 8 * 4000) == 0
+    assert affordable_pairs(config, 1000, 4, 27 * 4000) == 10
+    assert affordable_pairs(config, 1000, 4, 10 * 4000) == 0
     assert affordable_pairs(config, 10**9, 4, 64 * 2**20) == 0
 
 
