@@ -1,6 +1,8 @@
 """What wrapping costs per step: bare and hybrid steps side by side in one process.
 
-Two copies of a model train on the same batch, one with the bare base, one wrapped.
+Two copies of a model train on the same batches, one with the bare base, one wrapped.
+The batches are random and change at every step: on one fixed batch hybridopt would find
+a smooth problem and make secant moves, whose cost is another question (``--fixed``).
 *Blocks*: alternating blocks of real steps (hybridopt with ``max_predict_steps=0``, so
 that every call is real and its moves are folded in), synchronized only at block ends:
 the overhead that a user sees. *Single steps*: the default configuration, synchronized
@@ -10,6 +12,7 @@ at every step, real and predicted ones apart. On CUDA a profile counts the host'
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -25,9 +28,23 @@ from torch import Tensor, nn
 from benchmarks.counting import live_tensor_bytes
 from benchmarks.tasks.gpt import GPT, SIZES, sequence_loss
 
-__all__ = ["Overhead", "Side", "main", "measure"]
+__all__ = ["Options", "Overhead", "Side", "main", "measure"]
 
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are measured."""
+
+    pairs: int
+    """Pairs of blocks."""
+    block: int
+    """Steps per block."""
+    compiled: bool = False
+    """Whether the model goes through ``torch.compile``."""
+    fixed: bool = False
+    """Whether every step sees the same batch."""
 
 
 @dataclass
@@ -72,26 +89,34 @@ class Overhead:
     transfers_wrapped: float
 
 
-def build(name: str, device: str, *, compiled: bool) -> tuple[nn.Module, Any]:
-    """A model and its forward closure's loss on one fixed batch."""
+def build(name: str, device: str, *, options: Options) -> tuple[nn.Module, Any]:
+    """A model and a forward closure that goes round a few random batches."""
     torch.manual_seed(0)
+    compiled, count = options.compiled, 1 if options.fixed else 16
+    calls = itertools.count()
     if name == "mlp":
         layers = (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
         model: nn.Module = nn.Sequential(*layers, nn.Linear(64, 10)).to(device)
-        x = torch.randn(64, 64, device=device)
-        y = torch.randint(10, (64,), device=device)
+        x = torch.randn(count, 64, 64, device=device)
+        y = torch.randint(10, (count, 64), device=device)
         called = torch.compile(model) if compiled else model
-        return model, lambda: F.cross_entropy(called(x), y)
+
+        def loss() -> Tensor:
+            i = next(calls) % count
+            return F.cross_entropy(called(x[i]), y[i])
+
+        return model, loss
     size = SIZES[name]
     model = GPT(size).to(device)
-    batch = torch.randint(256, (size.batch, size.context + 1), device=device)
+    shape = (count, size.batch, size.context + 1)
+    batches = torch.randint(256, shape, device=device)
     called = torch.compile(model) if compiled else model
-    return model, lambda: sequence_loss(called, batch)
+    return model, lambda: sequence_loss(called, batches[next(calls) % count])
 
 
-def side(name: str, device: str, *, compiled: bool, wrap: Any = None) -> Side:
+def side(name: str, device: str, *, options: Options, wrap: Any = None) -> Side:
     """Build one copy; ``wrap`` turns base and model into a wrapped optimizer."""
-    model, loss = build(name, device, compiled=compiled)
+    model, loss = build(name, device, options=options)
     # A conservative rate: the copies must stay finite for as long as they are timed.
     base = torch.optim.AdamW(model.parameters(), lr=1e-5)
     if wrap is not None:
@@ -115,31 +140,29 @@ def hybrid(**overrides: Any) -> Callable[[Any, nn.Module], Any]:
     return lambda base, model: HybridPredictOptimizer(base, model=model, **overrides)
 
 
-def measure(
-    name: str, device: str, *, pairs: int, block: int, compiled: bool = False
-) -> Overhead:
-    """Measure one model; ``pairs`` pairs of blocks of ``block`` steps."""
+def measure(name: str, device: str, options: Options) -> Overhead:
+    """Measure one model."""
     start = _allocated(device)
-    bare = side(name, device, compiled=compiled)
+    bare = side(name, device, options=options)
     _warm(bare)
     middle = _allocated(device)
-    wrapped = side(name, device, compiled=compiled, wrap=hybrid(max_predict_steps=0))
+    wrapped = side(name, device, options=options, wrap=hybrid(max_predict_steps=0))
     _warm(wrapped)
     extra = (_allocated(device) - middle) - (middle - start)
     before = wrapped.optimizer.statistics()
-    times = _blocks(bare, wrapped, device, pairs, block)
+    times = _blocks(bare, wrapped, device, options)
     after = wrapped.optimizer.statistics()
     ratios = [b / a for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4)
     weights = sum(p.numel() * p.element_size() for p in bare.model.parameters())
     steps = after["real_steps"] - before["real_steps"]
     waits = _profile(bare, device), _profile(wrapped, device)
-    real, predicted = _single(name, device, compiled, pairs * block)
+    real, predicted = _single(name, device, options)
     return Overhead(
         model=name,
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         parameters=sum(p.numel() for p in bare.model.parameters()),
-        compiled=compiled,
+        compiled=options.compiled,
         bare_s=statistics.median(a for a, _ in times),
         wrapped_s=statistics.median(b for _, b in times),
         ratio=statistics.median(ratios),
@@ -164,13 +187,13 @@ def _warm(one: Side, steps: int = 30) -> None:
 
 
 def _blocks(
-    bare: Side, wrapped: Side, device: str, pairs: int, block: int
+    bare: Side, wrapped: Side, device: str, options: Options
 ) -> list[tuple[float, float]]:
     """Seconds per step of both sides for each pair; who goes first alternates."""
     times = []
-    for i in range(pairs):
+    for i in range(options.pairs):
         order = (bare, wrapped) if i % 2 == 0 else (wrapped, bare)
-        spent = [_block(one, device, block) for one in order]
+        spent = [_block(one, device, options.block) for one in order]
         times.append((spent[0], spent[1]) if i % 2 == 0 else (spent[1], spent[0]))
     return times
 
@@ -185,13 +208,13 @@ def _block(one: Side, device: str, block: int) -> float:
 
 
 def _single(
-    name: str, device: str, compiled: bool, steps: int
+    name: str, device: str, options: Options
 ) -> tuple[list[float], list[float]]:
     """Seconds of real and of predicted steps in the default configuration."""
-    one = side(name, device, compiled=compiled, wrap=hybrid())
+    one = side(name, device, options=options, wrap=hybrid())
     _warm(one)
     real, predicted = [], []
-    for _ in range(steps):
+    for _ in range(options.pairs * options.block):
         calls = one.optimizer.statistics()["backward_calls"]
         spent = _block(one, device, 1)
         ran_backward = one.optimizer.statistics()["backward_calls"] > calls
@@ -240,19 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the model"
     )
+    parser.add_argument("--fixed", action="store_true", help="one batch: secant moves")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    chosen = Options(options.pairs, options.block, options.compile, options.fixed)
     found = []
     for name in options.models.split(","):
-        figures = measure(
-            name,
-            options.device,
-            pairs=options.pairs,
-            block=options.block,
-            compiled=options.compile,
-        )
+        figures = measure(name, options.device, chosen)
         found.append(asdict(figures))
         print(_line(figures), flush=True)
     if options.out:

@@ -162,10 +162,14 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One arm on one class of cases."""
+    """One arm on one class of cases, at one length of its runs."""
 
     family: str
     arm: str
+    fraction: float
+    """Scheduled steps of the arm's runs over the cases' own."""
+    headline: bool
+    """Whether this is the length that the class is judged by."""
     cases: tuple[str, ...]
     cost: Estimate
     wall: Estimate
@@ -186,19 +190,19 @@ class ClassFigures:
 
 
 def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]:
-    """Geometric means over each class at its headline length.
+    """Geometric means over each class, one per length that the arm was run at.
 
     A case on which the arm broke is left out of the mean and fails the class.
     """
     classes: list[ClassFigures] = []
-    for family in dict.fromkeys(r.family for r in results):
-        figures = [
-            f
-            for r in results
-            if r.family == family and not r.skipped
-            for f in arm_figures(r)
-            if f.arm == arm and f.fraction == r.headline
+    found = [
+        (r, f) for r in results if not r.skipped for f in arm_figures(r) if f.arm == arm
+    ]
+    for family, fraction in dict.fromkeys((r.family, f.fraction) for r, f in found):
+        chosen = [
+            (r, f) for r, f in found if (r.family, f.fraction) == (family, fraction)
         ]
+        figures = [f for _, f in chosen]
         cost = [f.cost_speedup for f in figures if f.cost_speedup is not None]
         wall = [f.wall_speedup for f in figures if f.wall_speedup is not None]
         if not cost or not wall:
@@ -207,6 +211,8 @@ def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]
             ClassFigures(
                 family,
                 arm,
+                fraction,
+                all(r.headline == fraction for r, _ in chosen),
                 tuple(f.case for f in figures),
                 geometric_mean(cost),
                 geometric_mean(wall),

@@ -42,31 +42,27 @@ def summary_table(results: Sequence[CaseResult]) -> str:
         [
             c.family,
             c.arm,
+            f"{c.fraction:g} N",
             str(len(c.cases)),
             str(c.cost),
             str(c.wall),
+            str(c.process),
             f"{c.worst:.2f}x",
             f"{c.target.must:g}x / {c.target.reach:g}x" if c.target else "-",
-            c.verdict if c.arm == "hybrid" else "",
+            c.verdict if c.arm == "hybrid" and c.headline else "",
         ]
         for arm in ordered
         for c in class_figures(results, arm)
     ]
     rows.sort(key=lambda row: row[0])
-    head = [
-        "class",
-        "arm",
-        "cases",
-        "cost",
-        "wall time",
-        "worst case",
-        "must / reach",
-        "",
-    ]
+    head = ["class", "arm", "length", "cases", "cost", "wall time", "process time"]
+    head += ["worst case", "must / reach", "verdict"]
     text = (
         "## Summary\n\nSpeedup at equal loss over the bare base; geometric mean over "
     )
-    text += "the class [95 % interval over seeds].\n\n" + _table(head, rows)
+    text += "the class [95 % interval over seeds]. Verdicts are by time at the length "
+    text += "that was fixed for the class beforehand: wall time on a GPU, process time "
+    text += "on a CPU, which others may share.\n\n" + _table(head, rows)
     same = [
         [name, _percent(s.reduction), f"{s.loss:.4f}", f"{s.base_loss:.4f}", s.verdict]
         for name, s in same_steps(results).items()

@@ -84,22 +84,22 @@ class GainConfig(_Checked, frozen=True, kw_only=True):
 
 
 class DriftConfig(_Checked, frozen=True, kw_only=True):
-    """Per-tensor gains on the filtered drift (EMA of displacements)."""
+    """Per-tensor gains on the filtered drift: the EMA's displacement over a window."""
 
     enabled: bool = True
     """Whether the filtered drift is a mover at all."""
     beta: OpenFraction = 0.97
     """Decay per real step of the weight EMA; also filters ``evaluation_weights``."""
-    rate: NonNegative = 0.05
-    """eta of the drift gains, per real step."""
-    initial: NonNegative = 0.0
-    """Drift gain at the first move, in base steps of filtered drift per real step."""
-    maximum: Positive = 2.0
+    window_steps: Annotated[int, Meta(ge=2)] = 40
+    """K, real steps between two drift moves."""
+    rate: NonNegative = 0.4
+    """eta of the drift gains, per window."""
+    initial: NonNegative = 0.25
+    """Drift gain at the first move, in windows of drift."""
+    minimum: NonNegative = 0.02
+    """Smallest drift gain; keeps a way back up."""
+    maximum: Positive = 8.0
     """Largest drift gain."""
-    significance: NonNegative = 2.0
-    """t0 of the drift gains."""
-    memory: OpenFraction = 0.98
-    """rho of the drift alignments; long, since the direction is nearly constant."""
 
 
 class SecantConfig(_Checked, frozen=True, kw_only=True):

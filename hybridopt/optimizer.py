@@ -222,7 +222,7 @@ class HybridPredictOptimizer(Optimizer):
                 return True
         with without_global_hooks():
             self.base.step()
-        if not run.space.ready and self.base.state:
+        if not run.space.ready:
             run.space.allocate()
         return False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,11 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
     if not guarded:
         _take_base_step(run, step_base)
     run.counters.real_steps += 1
+    slept = run.controller.asleep
     run.controller.advance_real(observation)
+    if slept and not run.controller.asleep:
+        # The window went on filling in the sleep; what it holds is no window's drift.
+        run.space.restart_window()
     run.monitor.real_step()
     if run.controller.warm:
         run.predictor.moving = True
@@ -307,10 +311,14 @@ def _plan_move(
     if not run.controller.warm or run.controller.asleep or not run.space.anchored:
         return None, 0, Mover.NONE
     forecast = run.predictor.forecast(run.slopes)
+    if forecast.turns_window:
+        run.space.turn_window()
     if run.config.residual.enabled and forecast.latent is not None:
         size = (forecast.coefficients.shape[0], forecast.coefficients.shape[1])
         correction = run.corrector.correction(forecast.latent, size)
-        forecast = _with_coefficients(forecast, forecast.coefficients + correction)
+        forecast = replace(
+            forecast, coefficients=forecast.coefficients + correction
+        )
     allowed = run.monitor.may_predict(run.counters.steps)
     move = run.controller.schedule(
         observation, verdict, forecast, run.rates(), run.slopes, allowed
@@ -340,18 +348,6 @@ def _move(run: Run, coefficients: Tensor, scale: float) -> bool:
         return written
     run.refused = run.refused or not written
     return True
-
-
-def _with_coefficients(forecast: Forecast, coefficients: Tensor) -> Forecast:
-    return Forecast(
-        coefficients,
-        forecast.confidence,
-        forecast.progress,
-        forecast.progress_lower,
-        forecast.loss,
-        forecast.loss_sigma,
-        forecast.latent,
-    )
 
 
 def _newton_retry(run: Run, observation: Observation, verdict: Verdict) -> Done:

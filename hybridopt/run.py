@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
@@ -356,8 +357,13 @@ def build_run(
     shares = reduction_weights(
         [shard_share(p) for p in parameters], collective.world_size
     )
+    if not space.drifts:
+        drift = msgspec.structs.replace(config.drift, enabled=False)
+        predictor_config = config.replace(drift=drift)
+    else:
+        predictor_config = config
     predictor = components.predictor or build_predictor(
-        config, [p.numel() for p in parameters], [p.ndim for p in parameters]
+        predictor_config, [p.numel() for p in parameters], [p.ndim for p in parameters]
     )
     policy = components.policy or build_policy(
         config.bandit, config.max_predict_steps, CONTEXT_SIZE

@@ -16,7 +16,7 @@ from hybridopt.errors import RecoveryAction
 
 __all__ = [
     "BASIS_SIZE",
-    "LAG",
+    "DRIFT",
     "STEP",
     "Forecast",
     "Level",
@@ -32,8 +32,8 @@ __all__ = [
 
 STEP = 0
 """Basis column of the last real step's own displacement, s = theta_t - theta_{t-1}."""
-LAG = 1
-"""Basis column of the filtered drift, the lag v = theta - ema(theta)."""
+DRIFT = 1
+"""Basis column of the filtered drift, the EMA's displacement over the last window."""
 BASIS_SIZE = 2
 """J, the number of basis directions that weight space keeps."""
 
@@ -155,6 +155,11 @@ class Forecast:
     """Expected loss of the next real step."""
     loss_sigma: float = float("nan")
     """Standard deviation of ``loss``."""
+    turns_window: bool = False
+    """Whether a drift window ends here: its displacement becomes the DRIFT direction,
+    and the coefficients are meant for it."""
+    drift_gain: float = 0.0
+    """Mean gain on the drift direction, whether or not it moves now."""
     latent: Tensor | None = None
     """(latent_size,) summary of the predictor's state; what residuals are compared
     by. None when the predictor has no latent state."""

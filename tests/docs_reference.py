@@ -46,11 +46,11 @@ UNITS = {
     "GainConfig.significance": "standard errors",
     "GainConfig.memory": "per real step",
     "DriftConfig.beta": "per real step",
-    "DriftConfig.rate": "gain per real step",
-    "DriftConfig.initial": "base steps per real step",
-    "DriftConfig.maximum": "base steps per real step",
-    "DriftConfig.significance": "standard errors",
-    "DriftConfig.memory": "per real step",
+    "DriftConfig.window_steps": "real steps",
+    "DriftConfig.rate": "log gain per window",
+    "DriftConfig.initial": "windows of drift",
+    "DriftConfig.minimum": "windows of drift",
+    "DriftConfig.maximum": "windows of drift",
     "SecantConfig.pairs": "pairs",
     "SecantConfig.warmup_steps": "real steps",
     "SecantConfig.noise_threshold": "ratio",
@@ -179,7 +179,7 @@ def _meanings() -> dict[str, dict[str, str]]:
 
 def _section(struct: type[msgspec.Struct], holder: str, texts: dict[str, str]) -> str:
     title = f"## {struct.__name__}" + (f" (`{holder}`)" if holder else "")
-    lines = [title, "", texts[""]]
+    lines = [title, "", _markdown(texts[""])]
     tag = struct.__struct_config__.tag
     if tag is not None:
         lines += ["", f'In files: `type = "{tag}"`.']
@@ -197,10 +197,15 @@ def _section(struct: type[msgspec.Struct], holder: str, texts: dict[str, str]) -
             _default(getattr(defaults, name)),
             _range(hints[name]),
             UNITS.get(f"{struct.__name__}.{name}", "-"),
-            re.sub(r"``([^`]*)``", r"`\1`", texts[name]).replace("|", "\\|"),
+            _markdown(texts.get(name, "")).replace("|", "\\|"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _markdown(text: str) -> str:
+    """Code marks of docstrings as those of Markdown."""
+    return re.sub(r"``([^`]*)``", r"`\1`", text)
 
 
 def _presets() -> str:

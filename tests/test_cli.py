@@ -5,7 +5,9 @@ import pytest
 
 import hybridopt
 from hybridopt.cli import main
+from hybridopt.demo.presets import PRESETS
 from hybridopt.telemetry import MetricsSink
+from tests.demo.micro import MICRO
 from tests.telemetry.builders import hybrid_records
 
 
@@ -89,6 +91,7 @@ def test_cli_rejects_unknown_arguments(capsys):
 
 def test_cli_demo_passes_its_options_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(PRESETS, "tiny", MICRO)
     text = tmp_path / "text.txt"
     text.write_bytes(b"one two three four five six seven eight nine ten\n" * 2000)
     out = tmp_path / "out"

@@ -140,6 +140,8 @@ def test_window_state_continues_exactly() -> None:
 def test_window_refuses_more_values_than_fit_and_keeps_its_own() -> None:
     window = Window(2)
     window.add(7.0)
-    with pytest.raises(CheckpointError, match="window of 3 values: must hold at most 2"):
+    with pytest.raises(
+        CheckpointError, match="window of 3 values: must hold at most 2"
+    ):
         window.load_state_dict({"values": [1.0, 2.0, 3.0]})
     assert window.values == (7.0,)

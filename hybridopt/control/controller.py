@@ -26,8 +26,10 @@ CONTEXT_SIZE = 6
 FORWARD_COST = 1.0 / 3.0
 """Cost of a forward pass in real steps (a backward is 2/3)."""
 
-IDLE_PROGRESS = 0.05
+IDLE_PROGRESS = 0.03
 """A move worth less than this many steps does not pay for its bookkeeping."""
+IDLE_DRIFT = 0.05
+"""Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 60
 """Real steps in a row with idle moves before the optimizer goes to sleep."""
 FIRST_SLEEP_STEPS = 64
@@ -98,7 +100,7 @@ class Controller:
             return None
         ratio = 0.0
         if not rolled_back and move.worth > 0:
-            end = -float((move.coefficients * observation.dots).sum())
+            end = -float((move.coefficients[:, STEP] * observation.dots[:, STEP]).sum())
             ratio = max(-1.0, min(1.0, end / move.worth))
         progress = 0.0 if rolled_back else move.progress * (1.0 + ratio)
         cost = 1.0 + (2.0 if rolled_back else 0.0)
@@ -230,7 +232,8 @@ class Controller:
 
     def _watch_idleness(self, forecast: Forecast) -> None:
         """Go to sleep, longer each time, when moves are worth nothing for long."""
-        if forecast.progress >= IDLE_PROGRESS:
+        drifts = forecast.drift_gain >= IDLE_DRIFT
+        if forecast.progress >= IDLE_PROGRESS or drifts:
             self._idle_steps = 0
             self._sleep_length = FIRST_SLEEP_STEPS
             return

@@ -79,6 +79,9 @@ class FeatureExtractor:
         ]
         fixed = torch.tensor(rows, dtype=torch.float64, device="cpu")
         self._fixed = fixed.view(size, _FIXED)
+        # (logs of ||g||, ||s||, ||v||, both gains) -> the four per-tensor logs.
+        shares = [[1, 0, 0, 0], [0, 1, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
         self.reset()
 
     def reset(self) -> None:
@@ -114,7 +117,7 @@ class FeatureExtractor:
         norm = max(observation.gradient_norm, 1e-30)
         log_norm = math.log(norm) if math.isfinite(norm) else 0.0
         shared = torch.tensor(
-            self._shared(observation, prior, log_norm),
+            [-log_norm, 0.0, 0.0, 0.0, *self._shared(observation, prior, log_norm)],
             dtype=torch.float64,
             device="cpu",
         )
@@ -122,10 +125,8 @@ class FeatureExtractor:
             (
                 alignment,
                 gains.significance(),
-                logs[:, :1] - log_norm,
-                logs[:, 1:2] - logs[:, 2:3],
-                logs[:, 3:],
-                shared.expand(len(alignment), _GLOBAL),
+                torch.addmm(shared[:4], logs, self._shares),
+                shared[4:].expand(len(alignment), _GLOBAL),
             ),
             1,
         )

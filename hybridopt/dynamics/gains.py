@@ -17,10 +17,8 @@ __all__ = ["DEVIATION_FLOOR", "AlignmentGains", "alignments"]
 DEVIATION_FLOOR = 0.01
 """Added to standard errors and deviations of alignments: below a hundredth of a cosine
 there is no evidence, however steady."""
-DRIFT_FLOOR = 1e-3
-"""Smallest drift gain that is kept, as the starting point of growth."""
-DRIFT_OFF = 2e-3
-"""Drift gains below this move nothing."""
+DRIFT_MEMORY = 0.95
+"""Decay per real step of the drift alignments, which only the features look at."""
 ROLLBACK_FACTOR = 0.25
 
 
@@ -55,26 +53,20 @@ class AlignmentGains:
     """
 
     def __init__(self, config: HybridConfig, size: int) -> None:
-        gain, drift = config.gain, config.drift
-        # Low memory keeps no drift filter, so its direction does not exist.
-        self.drift_enabled = drift.enabled and config.memory != "low"
-        self.beta = drift.beta
-        self._memory = _row(gain.memory, drift.memory)
+        gain = config.gain
+        self._memory = _row(gain.memory, DRIFT_MEMORY)
         self._fresh = 1 - self._memory
         self._shrink = (self._fresh / (1 + self._memory)).sqrt()
-        self._threshold = _row(gain.significance, drift.significance)
+        # The drift column keeps statistics only; its gains are WindowGains'.
+        self._threshold = _row(gain.significance, gain.significance)
         self._negative = -self._threshold
-        self._half_rate = _row(gain.rate / 2, drift.rate / 2)
-        self._minimum = _row(gain.minimum, DRIFT_FLOOR)
-        self._maximum = _row(gain.maximum, max(drift.maximum, DRIFT_FLOOR))
-        initial = _row(gain.initial, drift.initial)
+        self._half_rate = _row(gain.rate / 2, 0.0)
+        self._minimum = _row(gain.minimum, 0.0)
+        self._maximum = _row(gain.maximum, 0.0)
+        initial = _row(gain.initial, 0.0)
         self._initial = initial.clamp(self._minimum, self._maximum)
-        per_step = (1 - drift.beta) / drift.beta if self.drift_enabled else 0.0
-        # v is a lag, not a step: its drift per real step is (1 - beta) / beta v.
-        self._scale = _row(1.0, per_step)
-        self._off_below = _row(-1.0, DRIFT_OFF)
         # From here on the bias correction is 1 to the last bit.
-        slowest = max(gain.memory, drift.memory)
+        slowest = max(gain.memory, DRIFT_MEMORY)
         self._settled = math.ceil(math.log(1e-17) / math.log(slowest))
         self.size = size
         self.reset()
@@ -129,8 +121,7 @@ class AlignmentGains:
     def hold_rate(self, lr_ratio: float) -> None:
         """Keep (1 + a) lr where it was when a scheduler raises the learning rate.
 
-        Only the step gain: the lag direction still holds steps of the old rate. A
-        falling rate leaves gains as they are, since schedules mean to slow down.
+        A falling rate leaves gains as they are, since schedules mean to slow down.
         """
         if 1.0 < lr_ratio < math.inf:
             held = (1 + self.gains[:, STEP]) / lr_ratio - 1
@@ -144,8 +135,8 @@ class AlignmentGains:
         self.restart()
 
     def coefficients(self) -> Tensor:
-        """(L, J) multipliers of the basis: the whole move behind one real step."""
-        return (self.gains * self._scale).mul_(self.gains >= self._off_below)
+        """(L, J) multipliers of the basis, zero for the drift: see ``WindowGains``."""
+        return self.gains.clone()
 
     def state_dict(self) -> dict[str, Any]:
         """Gains and running alignments."""

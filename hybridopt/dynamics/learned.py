@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,20 @@ __all__ = ["LearnedPredictor"]
 
 _TARGET_LIMIT = 5.0
 """Residuals are clipped here: one freak step must not teach everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One real step and what came after it."""
+
+    features: Tensor
+    """(L, F) float32."""
+    code: Tensor
+    """(L, W) float32: what the model made of them."""
+    surprise: Tensor
+    """(L, J) residuals of the next alignments against the prior's forecast."""
+    shared: tuple[float, float]
+    """Residuals of the next loss and the next efficiency; nan where not observed."""
 
 
 class LearnedPredictor:
@@ -60,7 +75,7 @@ class LearnedPredictor:
         self._features.reset()
         self._seen: Tensor | None = None
         self._code: Tensor | None = None
-        self._block: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._block: list[Sample] = []
         self._applied: Correction | None = None
 
     @property
@@ -83,9 +98,9 @@ class LearnedPredictor:
             return
         # An ambient autocast would change the model's arithmetic behind its back.
         with torch.autocast("cpu", enabled=False):
-            if self._seen is not None and self._code is not None:
-                sample = (self._seen, self._code, self._targets(surprise))
-                self._block.append(sample)
+            if not (self._seen is None or self._code is None or surprise is None):
+                shared = (self.prior.trend.surprise, self.prior.efficiency.surprise)
+                self._block.append(Sample(self._seen, self._code, surprise, shared))
                 if len(self._block) >= self.model.block_steps:
                     self._learn_block()
             self._seen = self._features.extract(observation, alignment, self.prior)
@@ -140,24 +155,16 @@ class LearnedPredictor:
 
     # -- parts -----------------------------------------------------------------------
 
-    def _targets(self, surprise: Tensor | None) -> Tensor:
-        """(L, CHANNELS) residuals of this step against the prior's forecast of it."""
-        shared = [self.prior.trend.surprise, self.prior.efficiency.surprise]
-        targets = torch.empty(self._size, CHANNELS, dtype=torch.float64, device="cpu")
-        if surprise is None:
-            targets[:, :BASIS_SIZE] = math.nan
-        else:
-            targets[:, :BASIS_SIZE] = surprise
-        for channel, value in enumerate(shared, BASIS_SIZE):
-            targets[:, channel] = value
-        return targets.clamp_(-_TARGET_LIMIT, _TARGET_LIMIT)
-
     def _learn_block(self) -> None:
         """Score what was said about the steps that wait, then learn from them."""
-        features, codes, targets = (
-            torch.stack([sample[part] for sample in self._block]) for part in range(3)
-        )
-        self._block = []
+        block, self._block = self._block, []
+        features = torch.stack([sample.features for sample in block])
+        codes = torch.stack([sample.code for sample in block])
+        surprise = torch.stack([sample.surprise for sample in block])
+        shared = [[sample.shared] for sample in block]
+        rows = torch.tensor(shared, dtype=torch.float64, device="cpu")
+        targets = torch.cat((surprise, rows.expand(-1, self._size, -1)), -1)
+        targets.clamp_(-_TARGET_LIMIT, _TARGET_LIMIT)
         # The weights are those of the time: they change in ``learn`` only.
         self.calibration.add(targets, self.model.decode(codes))
         self.model.learn(features, targets)
@@ -185,7 +192,15 @@ class LearnedPredictor:
             "features": self._features.state_dict(),
             "seen": None if self._seen is None else self._seen.clone(),
             "code": None if self._code is None else self._code.clone(),
-            "block": [[part.clone() for part in sample] for sample in self._block],
+            "block": [
+                {
+                    "features": sample.features.clone(),
+                    "code": sample.code.clone(),
+                    "surprise": sample.surprise.clone(),
+                    "shared": list(sample.shared),
+                }
+                for sample in self._block
+            ],
             "applied": None
             if applied is None
             else torch.stack((applied.mean, applied.log_scale, applied.spread)),
@@ -208,17 +223,15 @@ class LearnedPredictor:
         self._code = _optional(state, "code", code)
         applied = _optional(state, "applied", target.expand(3, -1, -1))
         self._applied = None if applied is None else Correction(*applied.unbind(0))
-        block = []
-        for sample in state["block"]:
-            named = dict(zip(("seen", "code", "target"), sample, strict=True))
-            block.append(
-                (
-                    tensor_like(named, "seen", seen),
-                    tensor_like(named, "code", code),
-                    tensor_like(named, "target", target),
-                )
+        self._block = [
+            Sample(
+                tensor_like(sample, "features", seen),
+                tensor_like(sample, "code", code),
+                tensor_like(sample, "surprise", target[:, :BASIS_SIZE]),
+                (float(sample["shared"][0]), float(sample["shared"][1])),
             )
-        self._block = block
+            for sample in state["block"]
+        ]
 
 
 def _optional(state: dict[str, Any], key: str, like: Tensor) -> Tensor | None:

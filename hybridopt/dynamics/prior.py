@@ -14,7 +14,8 @@ from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Corr
 from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
 from hybridopt.dynamics.state import load_or_undo, tensor_like
 from hybridopt.dynamics.trend import Efficiency, LossTrend
-from hybridopt.types import BASIS_SIZE, LAG, STEP, Forecast, Observation, Outcome
+from hybridopt.dynamics.window import WindowGains
+from hybridopt.types import BASIS_SIZE, DRIFT, STEP, Forecast, Observation, Outcome
 
 __all__ = ["PriorPredictor", "Worth", "check_kind"]
 
@@ -32,10 +33,11 @@ class Worth:
 class PriorPredictor:
     """Gains from gradient alignment; nothing is learned but them (``Prior``).
 
-    The move behind a real step is a_l s_l + b_l (1 - beta) / beta v_l per tensor: the
-    step just made, and the steady drift in the lag. Its first-order worth in step
-    equivalents is w = sum_l c_l . slope_l / sum_l slope_l over slopes that point
-    downhill; what it delivers is w times the measured efficiency.
+    The move behind a real step is a_l s_l per tensor, s the step just made; once per
+    drift window b_l d_l comes on top, d the filtered displacement of that window. The
+    first-order worth of the former in step equivalents is w = sum_l a_l slope_l /
+    sum_l slope_l over slopes that point downhill; what it delivers is w times the
+    measured efficiency. Drift moves are worth a few per cent and consume no steps.
 
     ``moving`` is False until the caller sets it: statistics are gathered, but gains
     stay at their initial value, because gains that grow against the tiny rate of a
@@ -49,6 +51,7 @@ class PriorPredictor:
 
     def __init__(self, config: HybridConfig, sizes: list[int]) -> None:
         self.gains = AlignmentGains(config, len(sizes))
+        self.window = WindowGains(config, len(sizes))
         self.trend = LossTrend()
         self.efficiency = Efficiency()
         self.moving = False
@@ -59,7 +62,6 @@ class PriorPredictor:
         self._forget_move()
 
     def _forget_move(self) -> None:
-        self._lag_dots = self._empty[:, LAG]
         self._move: Tensor | None = None
         self._move_slope = math.nan
 
@@ -84,6 +86,7 @@ class PriorPredictor:
         """
         if outcome.rolled_back:
             self.gains.shrink()
+            self.window.shrink()
             self.efficiency.add_sample(0.0)
             self.efficiency.skip()
             self._forget_move()
@@ -91,6 +94,7 @@ class PriorPredictor:
     def reset(self) -> None:
         """Forget everything but ``moving``, which is the caller's."""
         self.gains.reset()
+        self.window.reset()
         self.trend = LossTrend()
         self.efficiency = Efficiency()
         self._forget_move()
@@ -108,13 +112,13 @@ class PriorPredictor:
     def absorb(self, observation: Observation, alignment: Tensor) -> None:
         """Take in the statistics of one real step; gains stay."""
         if observation.moved_progress != 0.0 and self._move is not None:
-            end = -float((self._move * observation.dots).sum())
+            end = -float((self._move[:, STEP] * observation.dots[:, STEP]).sum())
             self.efficiency.add(self._move_slope, end)
         else:
             self.efficiency.skip()
         self._move = None
-        self._lag_dots = observation.dots[:, LAG]
         self.gains.absorb(alignment)
+        self.window.absorb(observation)
         self.trend.add(observation.loss)
 
     def grow(self, lr_ratio: float, significance: Tensor | None = None) -> None:
@@ -129,6 +133,7 @@ class PriorPredictor:
             if significance is None:
                 significance = self.gains.significance()
             self.gains.grow(significance)
+        self.window.grow()
 
     def worth(self, correction: Correction | None) -> Worth:
         """Expected efficiency and loss, corrected where a correction is given.
@@ -155,6 +160,9 @@ class PriorPredictor:
     ) -> Forecast:
         """Assemble the forecast from its parts and record the proposed move."""
         coefficients = self.gains.coefficients()
+        drift = self.window.turn(self.moving)
+        if drift is not None:
+            coefficients[:, DRIFT] = drift
         self._move = coefficients
         self._move_slope, first_order = self._first_order(coefficients, slopes)
         known = self.gains.count > 0 and worth.efficiency > 0.0
@@ -166,24 +174,19 @@ class PriorPredictor:
             progress_lower=first_order * worth.efficiency_lower,
             loss=worth.loss,
             loss_sigma=worth.loss_sigma,
+            turns_window=drift is not None,
+            drift_gain=float(self.window.gains.mean()) if self.window.enabled else 0.0,
             latent=latent,
         )
 
     def _first_order(self, coefficients: Tensor, slopes: Tensor) -> tuple[float, float]:
-        """The slope along the whole move, and its first-order worth in base steps.
+        """The slope along the step move, and its first-order worth in base steps.
 
         A loop over host numbers: sums over a few tensors cost less here than there.
         """
-        beta = self.gains.beta
         steps = slopes.tolist()
-        gained = coefficients.tolist()
-        before = self._lag_dots.tolist()
-        decreases = [a[STEP] * step for a, step in zip(gained, steps, strict=True)]
-        # v = beta (v_before + s), so -<g, v> needs no pass over the weights.
-        decreases += [
-            a[LAG] * beta * (step - dot)
-            for a, step, dot in zip(gained, steps, before, strict=True)
-        ]
+        gained = coefficients[:, STEP].tolist()
+        decreases = [a * step for a, step in zip(gained, steps, strict=True)]
         worth = sum([decrease for decrease in decreases if decrease > 0.0])
         total = sum([step for step in steps if step > 0.0])
         if not (total > 0.0 and math.isfinite(worth / total)):
@@ -204,7 +207,7 @@ class PriorPredictor:
             "gains": self.gains.state_dict(),
             "trend": self.trend.state_dict(),
             "efficiency": self.efficiency.state_dict(),
-            "lag_dots": self._lag_dots.clone(),
+            "window": self.window.state_dict(),
             "move": None if self._move is None else self._move.clone(),
             "move_slope": self._move_slope,
         }
@@ -218,7 +221,7 @@ class PriorPredictor:
         self.gains.load_state_dict(state["gains"])
         self.trend.load_state_dict(state["trend"])
         self.efficiency.load_state_dict(state["efficiency"])
-        self._lag_dots = tensor_like(state, "lag_dots", self._empty[:, LAG])
+        self.window.load_state_dict(state["window"])
         move = state["move"]
         self._move = None if move is None else tensor_like(state, "move", self._empty)
         self._move_slope = float(state["move_slope"])

@@ -110,10 +110,10 @@ class RSSMModel:
         uniform = torch.rand(
             shape, generator=self._generator, dtype=torch.float32, device="cpu"
         )
-        gumbel = -(-uniform.clamp(1e-7, 1 - 1e-7).log()).log()
+        noise = -uniform.clamp(1e-7, 1 - 1e-7).log()
 
         def loss(weights: dict[str, Tensor]) -> Tensor:
-            return self.network.loss(weights, sequences, gumbel)
+            return self.network.loss(weights, sequences, noise)
 
         return self._weights.train(loss)
 

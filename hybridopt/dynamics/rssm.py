@@ -60,11 +60,13 @@ class RSSMNetwork:
         self.shapes: dict[str, tuple[int, ...]] = {
             "embed": (width, hidden),
             "embed_bias": (hidden,),
-            "cell": (hidden + latent + ACTION_COUNT, 3 * hidden),
+            "cell": (hidden + latent, 3 * hidden),
+            "cell_actions": (ACTION_COUNT, 3 * hidden),
             "cell_bias": (3 * hidden,),
             "prior": (hidden, latent),
             "prior_bias": (latent,),
-            "posterior": (2 * hidden, latent),
+            "posterior": (hidden, latent),
+            "posterior_embed": (hidden, latent),
             "posterior_bias": (latent,),
             "decoder": (hidden + latent, width),
             "decoder_bias": (width,),
@@ -72,6 +74,9 @@ class RSSMNetwork:
             "heads_bias": (outputs,),
         }
         """Shape per weight; matrices are (inputs, outputs)."""
+        # Subtracted from the update gate: remembering is the default of a fresh cell.
+        self._offset = torch.zeros(3 * hidden, dtype=torch.float32, device="cpu")
+        self._offset[2 * hidden :] = 1.0
         self._one_hot = torch.eye(config.classes, dtype=torch.float32, device="cpu")
 
     def start(self, size: int) -> State:
@@ -87,9 +92,9 @@ class RSSMNetwork:
 
     def observe(self, weights: Weights, state: State, features: Tensor) -> State:
         """Step (B, F) features into the state, with the posterior's mode as latent."""
-        actions = features[:, ACTIONS]
-        hidden = self._core(weights, state.hidden, state.latent, actions)
-        logits = self._posterior(weights, hidden, self._embed(weights, features))
+        drive = self._drive(weights, features[:, ACTIONS])
+        hidden = self._core(weights, state.hidden, state.latent, drive)
+        logits = self._posterior(weights, hidden, self._evidence(weights, features))
         return State(hidden, self._mode(logits))
 
     def imagine(
@@ -97,8 +102,9 @@ class RSSMNetwork:
     ) -> list[State]:
         """The next ``horizon`` states by the prior's mode, the actions held fixed."""
         states = []
+        drive = self._drive(weights, actions)
         for _ in range(horizon):
-            hidden = self._core(weights, state.hidden, state.latent, actions)
+            hidden = self._core(weights, state.hidden, state.latent, drive)
             logits = torch.addmm(weights["prior_bias"], hidden, weights["prior"])
             state = State(hidden, self._mode(logits))
             states.append(state)
@@ -131,8 +137,8 @@ class RSSMNetwork:
             weights: The weights.
             sequences: Features (T, B, F), targets (T, B, CHANNELS), bootstrap masks
                 (T, B, ensemble), and (T, B) bool that is True where a sequence starts.
-            noise: (T, B, categoricals, classes) standard Gumbel noise: the latents'
-                samples.
+            noise: (T, B, categoricals, classes) independent standard exponentials e:
+                the class that maximizes p / e is a sample of p.
         """
         features, targets, masks, first = sequences
         hidden, latent, logits = self._unroll(weights, features, first, noise)
@@ -143,10 +149,10 @@ class RSSMNetwork:
         decoded = states @ weights["decoder"] + weights["decoder_bias"]
         rebuilt = 0.5 * (decoded - features).square().mean()
         prior = hidden @ weights["prior"] + weights["prior_bias"]
-        posterior_log, prior_log = self._log_mix(logits), self._log_mix(prior)
+        after, before = self._mix(logits), self._mix(prior)
         free = self.config.free_nats
-        dynamics = self._divergence(posterior_log.detach(), prior_log)
-        representation = self._divergence(posterior_log, prior_log.detach())
+        dynamics = self._divergence(after.detach(), before)
+        representation = self._divergence(after, before.detach())
         return (
             predicted
             + rebuilt
@@ -156,26 +162,34 @@ class RSSMNetwork:
 
     # -- parts -------------------------------------------------------------------------
 
+    def _drive(self, weights: Weights, actions: Tensor) -> Tensor:
+        """What (..., A) actions add to the cell's gates, biases included.
+
+        Apart from the cell, so that a whole sequence of it is one product.
+        """
+        bias = weights["cell_bias"] - self._offset
+        return actions @ weights["cell_actions"] + bias
+
     @staticmethod
     def _core(
-        weights: Weights, hidden: Tensor, latent: Tensor, actions: Tensor
+        weights: Weights, hidden: Tensor, latent: Tensor, drive: Tensor
     ) -> Tensor:
-        """The GRU cell: h_t from h_t-1, z_t-1 and a_t."""
-        inputs = torch.cat((hidden, latent, actions), 1)
-        gates = torch.addmm(weights["cell_bias"], inputs, weights["cell"])
+        """The GRU cell: h_t from h_t-1, z_t-1 and the drive of a_t."""
+        inputs = torch.cat((hidden, latent), 1)
+        gates = torch.addmm(drive, inputs, weights["cell"])
         reset, candidate, update = gates.chunk(3, 1)
         candidate = torch.tanh(reset.sigmoid() * candidate)
-        # The offset makes remembering the default, as a fresh cell should.
-        return torch.lerp(hidden, candidate, (update - 1.0).sigmoid())
+        return torch.lerp(hidden, candidate, update.sigmoid())
 
     @staticmethod
-    def _embed(weights: Weights, features: Tensor) -> Tensor:
-        return F.silu(features @ weights["embed"] + weights["embed_bias"])
+    def _evidence(weights: Weights, features: Tensor) -> Tensor:
+        """What (..., F) features add to the posterior's logits, biases included."""
+        embedded = F.silu(features @ weights["embed"] + weights["embed_bias"])
+        return embedded @ weights["posterior_embed"] + weights["posterior_bias"]
 
     @staticmethod
-    def _posterior(weights: Weights, hidden: Tensor, embedded: Tensor) -> Tensor:
-        inputs = torch.cat((hidden, embedded), 1)
-        return torch.addmm(weights["posterior_bias"], inputs, weights["posterior"])
+    def _posterior(weights: Weights, hidden: Tensor, evidence: Tensor) -> Tensor:
+        return torch.addmm(evidence, hidden, weights["posterior"])
 
     def _classes(self, logits: Tensor) -> Tensor:
         """(..., latent) as (..., categoricals, classes)."""
@@ -186,25 +200,25 @@ class RSSMNetwork:
         """The likeliest class of each categorical, one-hot, flattened."""
         return self._one_hot[self._classes(logits).argmax(-1)].flatten(-2)
 
-    def _log_mix(self, logits: Tensor) -> Tensor:
-        """Log probabilities (..., categoricals, classes), unimix mixed in."""
+    def _mix(self, logits: Tensor) -> Tensor:
+        """Probabilities (..., categoricals, classes), the uniform ones mixed in."""
         unimix = self.config.unimix
-        mixed = (1 - unimix) * self._classes(logits).softmax(-1)
-        mixed = mixed + unimix / self.config.classes
-        # Without unimix a probability may underflow to zero.
-        return mixed.clamp_min(1e-12).log()
+        softmax = self._classes(logits).softmax(-1)
+        return (1 - unimix) * softmax + unimix / self.config.classes
 
     @staticmethod
-    def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    def _divergence(p: Tensor, q: Tensor) -> Tensor:
         """KL(p || q) in nats, summed over the categoricals."""
-        return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+        # Without unimix a probability may underflow to zero.
+        ratio = p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log()
+        return (p * ratio).sum((-2, -1))
 
     def _unroll(
         self, weights: Weights, features: Tensor, first: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior pass over T steps: h and z (T, B, ...), posterior logits."""
-        embedded = self._embed(weights, features)
-        actions = features[..., ACTIONS]
+        evidence = self._evidence(weights, features).unbind(0)
+        drive = self._drive(weights, features[..., ACTIONS]).unbind(0)
         begin = self.start(features.shape[1])
         hidden, latent = begin.hidden, begin.latent
         keep = (~first).float().unsqueeze(-1)
@@ -214,8 +228,8 @@ class RSSMNetwork:
         for t in range(len(features)):
             if t and breaks[t - 1]:
                 hidden, latent = hidden * keep[t], latent * keep[t]
-            hidden = self._core(weights, hidden, latent, actions[t])
-            logits = self._posterior(weights, hidden, embedded[t])
+            hidden = self._core(weights, hidden, latent, drive[t])
+            logits = self._posterior(weights, hidden, evidence[t])
             latent = self._sample(logits, noise[t])
             for kept, value in zip(every, (hidden, latent, logits), strict=True):
                 kept.append(value)
@@ -223,7 +237,7 @@ class RSSMNetwork:
 
     def _sample(self, logits: Tensor, noise: Tensor) -> Tensor:
         """A one-hot sample whose gradient is that of the probabilities."""
-        log_mix = self._log_mix(logits)
-        mix = log_mix.exp()
-        drawn = self._one_hot[(log_mix.detach() + noise).argmax(-1)]
-        return (drawn + mix - mix.detach()).flatten(-2)
+        mix = self._mix(logits)
+        fixed = mix.detach()
+        drawn = self._one_hot[(fixed / noise).argmax(-1)]
+        return (mix + (drawn - fixed)).flatten(-2)

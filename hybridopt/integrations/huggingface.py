@@ -62,10 +62,14 @@ class HybridTrainerMixin:
         hybrid = hybrid_optimizer(self.optimizer)
         if hybrid is None or hybrid.needs_backward:
             loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-            self._last_loss = loss.detach().clone()
-        elif self._last_loss is None:
-            self._last_loss = self._loss_without_trace(*args, **kwargs)
-        return self._last_loss
+            loss = loss.detach()
+        elif self._last_loss is not None:
+            loss = self._last_loss
+        else:
+            loss = self._loss_without_trace(*args, **kwargs)
+        # A copy, since the Trainer adds to what it gets.
+        self._last_loss = loss.clone()
+        return loss
 
     def _loss_without_trace(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -80,7 +84,8 @@ class HybridTrainerMixin:
             with trainer.compute_loss_context_manager():
                 loss: Tensor = trainer.compute_loss(model, inputs)
         release_unsharded(model)
-        return loss.detach() / trainer.args.gradient_accumulation_steps
+        micro_batches: int = trainer.args.gradient_accumulation_steps
+        return loss.detach() / micro_batches
 
     def _refuse_scaler(self) -> None:
         accelerator = getattr(self, "accelerator", None)

@@ -9,10 +9,12 @@ import torch
 
 from hybridopt.kernels.layout import FORMATS, pack_size
 
-__all__ = ["UNROLL", "kernel_options", "kernel_source"]
+__all__ = ["STREAMING", "UNROLL", "kernel_options", "kernel_source"]
 
 UNROLL = {"observe": 4, "advance": 2, "apply": 4, "copy": 4, "base": 2, "plan": 1}
-"""Packs in flight per thread, by kernel file."""
+"""Packs in flight per thread, by kernel file (chosen by ``benchmarks.kernels``)."""
+STREAMING = dict.fromkeys(UNROLL, 0)
+"""1 where accesses are marked as read or written once, by kernel file."""
 
 
 def kernel_source(name: str) -> str:
@@ -45,4 +47,5 @@ def kernel_options(
         f"-DDIRECTIONS={directions}",
         f"-DBASE_ADAMW={int(adamw)}",
         f"-DUNROLL={UNROLL[name]}",
+        f"-DSTREAMING={STREAMING[name]}",
     )

@@ -173,8 +173,8 @@ class Launcher:
         fill = self._plan("fill")
         for start in range(0, len(layout.words), _FILL_WORDS):
             part = layout.words[start : start + _FILL_WORDS]
-            held = self._numpy.zeros(_FILL_WORDS, dtype=self._numpy.int64)
-            held[: len(part)] = part
+            held = self._numpy.zeros(1, dtype=[("at", "i8", (_FILL_WORDS,))])
+            held["at"][0, : len(part)] = part
             to = words.data_ptr() + 8 * start
             fill((1,), (_THREADS,), (to, len(part), held))
         table = Table(layout, words, owner)

@@ -69,9 +69,9 @@ class PinnedSnapshot:
         kinds = [(t.shape, t.dtype) for t in tensors]
         if kinds != [(t.shape, t.dtype) for t in self._held]:
             raise HybridError(
-                f"snapshot of {len(self._held)} tensors: must be restored to as many, of "
-                f"the same shapes and dtypes, not to these {len(tensors)}. Save again "
-                "after the parameters changed.",
+                f"snapshot of {len(self._held)} tensors: must be restored to as "
+                f"many of equal shape and dtype, not to these {len(tensors)}. Save "
+                "again after the parameters changed.",
                 recovery=RecoveryAction.RESTORE_CHECKPOINT,
             )
         self.release()

@@ -24,6 +24,7 @@ __all__ = [
     "GainHistory",
     "Provenance",
     "reach",
+    "settle",
 ]
 
 FORWARD_COST = 1 / 3
@@ -104,7 +105,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class EqualLoss:
-    """What each run had spent when it first reached the same loss."""
+    """What each run had spent when it reached the same loss."""
 
     loss: float
     bare: Evaluation
@@ -140,12 +141,14 @@ class Comparison:
     def equal_loss(self) -> EqualLoss | None:
         """Compare at the lowest loss that both runs reached.
 
-        That is the higher of the two final losses, so both costs are measured. None
-        when a run did not get below its starting loss: there is nothing to compare.
+        That is the higher of the two final losses, so both costs are measured. The
+        bare run counts from where it first got there, the hybrid from where it got
+        there for good: a lucky dip of a noisy curve must not count as a gain. None when
+        a run did not get below its starting loss: there is nothing to compare.
         """
         target = max(self.bare.final.loss, self.hybrid.final.loss)
         bare = reach(self.bare.evaluations, target)
-        hybrid = reach(self.hybrid.evaluations, target)
+        hybrid = settle(self.hybrid.evaluations, target)
         if bare is None or hybrid is None or bare.cost <= 0 or hybrid.cost <= 0:
             return None
         return EqualLoss(target, bare, hybrid)
@@ -164,6 +167,8 @@ class Provenance:
     hardware: str
     settings: Mapping[str, str] = field(default_factory=dict)
     """Model, data, schedule, seeds."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to judge the result, one sentence each."""
 
 
 def reach(evaluations: Sequence[Evaluation], loss: float) -> Evaluation | None:
@@ -173,19 +178,36 @@ def reach(evaluations: Sequence[Evaluation], loss: float) -> Evaluation | None:
         The interpolated point, or None when no evaluation is as low as ``loss`` (or
         ``loss`` is not finite): a run is never continued beyond its last point.
     """
-    if not math.isfinite(loss):
-        return None
-    previous: Evaluation | None = None
-    for point in evaluations:
-        if point.loss <= loss:
-            if previous is None or not math.isfinite(previous.loss):
-                return point
-            share = (previous.loss - loss) / (previous.loss - point.loss)
-            return Evaluation(
-                step=previous.step + share * (point.step - previous.step),
-                cost=previous.cost + share * (point.cost - previous.cost),
-                wall_s=previous.wall_s + share * (point.wall_s - previous.wall_s),
-                loss=loss,
-            )
-        previous = point
+    for index, point in enumerate(evaluations):
+        if point.loss <= loss and math.isfinite(loss):
+            return _crossing(evaluations, index, loss)
     return None
+
+
+def settle(evaluations: Sequence[Evaluation], loss: float) -> Evaluation | None:
+    """Find where a run reached a loss for good: from there to its end it stays below.
+
+    Returns:
+        The interpolated point, or None when the run does not end as low as ``loss``.
+    """
+    first = len(evaluations)
+    while first > 0 and evaluations[first - 1].loss <= loss and math.isfinite(loss):
+        first -= 1
+    if first == len(evaluations):
+        return None
+    return _crossing(evaluations, first, loss)
+
+
+def _crossing(evaluations: Sequence[Evaluation], index: int, loss: float) -> Evaluation:
+    """The point at ``loss`` on the way to evaluation ``index``, which is as low."""
+    point = evaluations[index]
+    if index == 0 or not math.isfinite(evaluations[index - 1].loss):
+        return point
+    previous = evaluations[index - 1]
+    share = (previous.loss - loss) / (previous.loss - point.loss)
+    return Evaluation(
+        step=previous.step + share * (point.step - previous.step),
+        cost=previous.cost + share * (point.cost - previous.cost),
+        wall_s=previous.wall_s + share * (point.wall_s - previous.wall_s),
+        loss=loss,
+    )

@@ -244,7 +244,13 @@ def _table(runs: list[RunProgress]) -> Any:
             grid.add_column(width=width, no_wrap=True)
         grid.add_row(
             run.name,
-            bar(total=max(1, run.total_steps), completed=run.steps, width=14),
+            bar(
+                total=max(1, run.total_steps),
+                completed=run.steps,
+                width=14,
+                complete_style="cyan",
+                finished_style="green",
+            ),
             f"{run.steps}/{run.total_steps}",
             f"loss {_number(run.loss)}",
             f"held-out {_number(run.validation_loss)}",

@@ -91,6 +91,8 @@ def summary_rows(comparison: Comparison) -> list[Row]:
         loss = equal.loss
 
         def at(arm: Arm) -> Evaluation | None:
+            if arm is comparison.hybrid:
+                return equal.hybrid
             return reach(arm.evaluations, loss)
 
         rows += [
@@ -186,6 +188,12 @@ def describe(comparisons: Sequence[Comparison]) -> list[str]:
             f"{first.hybrid.final.loss:.4f}; the bare run never got that low in its "
             f"{first.bare.scheduled_steps} steps "
             f"(it ended at {first.bare.final.loss:.4f})."
+        )
+    elif first.hybrid.final.loss > first.bare.final.loss:
+        lines.append(
+            f"After the same {first.bare.scheduled_steps} steps the hybrid run ended "
+            f"at a higher held-out loss: {first.hybrid.final.loss:.4f} against "
+            f"{first.bare.final.loss:.4f}."
         )
     lines.append(_wall_time(equal))
     if first.shortened is not None:

@@ -60,9 +60,11 @@ def comparison_report(comparisons: Sequence[Comparison], origin: Provenance) -> 
         f"<h2>Numbers{escape(seeds)}</h2>" + _table(summary_rows(first)),
         "<p>Cost counts a forward as 1/3 and a backward as 2/3 of a real step, "
         "validations of the hybrid run included. Wall time leaves out the held-out "
-        "evaluations. Costs at equal loss are interpolated between evaluations and "
-        "never extrapolated.</p>",
+        "evaluations. Costs at equal loss are interpolated between evaluations, never "
+        "extrapolated: a bare run counts from where it first got there, the hybrid run "
+        "from where it got there for good.</p>",
         "<h2>The runs</h2>" + _descriptions(first.arms),
+        *(f"<p>{escape(note)}</p>" for note in origin.notes),
     ]
     if len(comparisons) > 1:
         parts.append("<h2>All seeds</h2>" + _table(seed_rows(comparisons)))

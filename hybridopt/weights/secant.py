@@ -2,8 +2,9 @@
 
 For low-noise problems on small networks. Each real gradient is followed by a move
 x -> x + J with J = -H g, H the L-BFGS inverse Hessian of the newest secant pairs on top
-of a diagonal, half the base optimizer's and half from the pairs. Nothing is evaluated to confirm a move: the next
-real step's own loss judges it. The order of calls at a real step is:
+of a diagonal, half the base optimizer's and half from the pairs. Nothing is evaluated
+to confirm a move: the next real step's own loss judges it. The order of calls at a real
+step is:
 
     accepted = mover.judge(loss)              # before any weight moves
     mover.record(flatten(weights), flatten_gradients(weights))
@@ -18,8 +19,8 @@ real step's own loss judges it. The order of calls at a real step is:
         if delta is not None:
             add_flat_(weights, delta)
 
-Rejected points still teach: their pair stays in memory, so the retry after a rejection
-could also be turned, but it is only shortened (turning it gained nothing).
+Rejected points still teach: their pair stays in memory. The retry only shortens the
+move; the direction turns with the next accepted gradient.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class PairMemory:
         """
         moved, changed = self._squares.clamp_min(0.0)
         floor = _CURVATURE_FLOOR * changed.mean() + torch.finfo(scale.dtype).tiny
-        return moved.div_(changed.add_(floor)).sqrt_().mul_(scale).sqrt_()
+        ratio: Tensor = moved.div_(changed.add_(floor)).sqrt_()
+        return ratio.mul_(scale).sqrt_()
 
     def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:
         """H g, the L-BFGS inverse Hessian times a vector.

@@ -1,10 +1,11 @@
 """Weight space: the only room, besides the base optimizer, that writes parameters.
 
-Three tensors per parameter, kept in the base's own ``state[p]`` so that they follow the
+A few tensors per parameter, kept in the base's own ``state[p]`` so that they follow the
 parameters through every checkpoint: the *anchor* (weights after the last real step, what
-a rollback restores), the *step* s (the base's last displacement) and the *lag* v = theta
-- ema(theta) (the filtered drift). A predicted move shifts weights and EMA alike, so
-neither s nor v changes with it.
+a rollback restores), the *step* s (the base's last displacement), the *lag* v = theta -
+ema(theta), and, where drift moves fit into memory, the *window* D (the EMA's displacement
+since the window began) and the *drift* d (that of the window before). A predicted move
+shifts weights and EMA alike, so none of them changes with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
 ANCHOR = "hybrid_anchor"
 STEP_KEY = "hybrid_step"
 LAG_KEY = "hybrid_lag"
-KEYS = (ANCHOR, STEP_KEY, LAG_KEY)
+WINDOW_KEY = "hybrid_window"
+DRIFT_KEY = "hybrid_drift"
+KEYS = (ANCHOR, STEP_KEY, LAG_KEY, WINDOW_KEY, DRIFT_KEY)
 """Keys in ``state[p]``; a fixed set, all there after the base's first step."""
 
 _MIB = 2.0**20
@@ -49,6 +52,7 @@ class WeightSpace:
         self.beta = config.drift.beta
         self.low_memory = config.memory == "low"
         self._budget = config.memory_budget * _MIB
+        self._wants_drift = config.drift.enabled and not self.low_memory
         self.anchored = False
         """Whether the anchor holds the weights that the last real step left."""
         self.moved = False
@@ -90,12 +94,26 @@ class WeightSpace:
         return total
 
     def basis_dtype(self, parameter: Tensor) -> torch.dtype:
-        """Precision of s and v: the parameter's own when two full copies fit into
-        ``memory_budget``, else bf16, which keeps the total at two copies."""
+        """Precision of the directions: the parameter's own when they all fit into
+        ``memory_budget`` that way, else bf16, which keeps anchor, step and lag at two
+        copies."""
         if parameter.dtype.itemsize <= 2 or self.low_memory:
             return parameter.dtype
-        total = sum(local(p).nbytes for p in self.parameters())
-        return parameter.dtype if 2 * total <= self._budget else torch.bfloat16
+        copies = 4 if self.drifts else 2
+        fits = copies * self._total_bytes() <= self._budget
+        return parameter.dtype if fits else torch.bfloat16
+
+    @property
+    def drifts(self) -> bool:
+        """Whether drift moves are made: their two directions, in bf16 if need be, fit
+        into ``memory_budget``."""
+        if not self._wants_drift:
+            return False
+        numbers = sum(local(p).numel() for p in self.parameters())
+        return 2 * 2 * numbers <= self._budget
+
+    def _total_bytes(self) -> int:
+        return sum(local(p).nbytes for p in self.parameters())
 
     def allocate(self) -> None:
         """Give every parameter its hybrid tensors, after the base has filled its state.
@@ -115,6 +133,9 @@ class WeightSpace:
                 state[STEP_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
                 if not self.low_memory:
                     state[LAG_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
+                if self.drifts:
+                    state[WINDOW_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
+                    state[DRIFT_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
         self.refresh()
 
     def complete(self) -> bool:
@@ -126,7 +147,9 @@ class WeightSpace:
         self.allocate()
         with torch.no_grad():
             for bucket in self._tracked_buckets():
-                torch._foreach_zero_([*bucket.steps, *bucket.lags])
+                for part in (bucket.steps, bucket.lags, bucket.windows, bucket.drifts):
+                    if part:
+                        torch._foreach_zero_(part)
         self._slopes = []
         self.anchored = False
         self.moved = False
@@ -141,7 +164,7 @@ class WeightSpace:
         """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
         for p in self.parameters():
             state = self.base.state.get(p, {})
-            for key in (STEP_KEY, LAG_KEY):
+            for key in KEYS[1:]:
                 if key in state and state[key].dtype != self.basis_dtype(p):
                     state[key] = state[key].to(self.basis_dtype(p))
             if self.low_memory and ANCHOR in state and local(p).device.type != "cpu":
@@ -193,6 +216,10 @@ class WeightSpace:
                     bucket.lags,
                     self.beta,
                 )[:, 0]
+                if bucket.windows:
+                    # The EMA's own step is (1 - beta) / beta of the new lag.
+                    share = (1.0 - self.beta) / self.beta
+                    torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
             self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
@@ -203,6 +230,19 @@ class WeightSpace:
         torch._foreach_add_(bucket.steps, bucket.parameters)
         self.ops.copy(bucket.parameters, bucket.anchors)
         return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+
+    def turn_window(self) -> None:
+        """d <- D, D <- 0: the window's displacement becomes the drift direction."""
+        for bucket in self._tracked_buckets():
+            if bucket.windows:
+                torch._foreach_copy_(bucket.drifts, bucket.windows)
+                torch._foreach_zero_(bucket.windows)
+
+    def restart_window(self) -> None:
+        """D <- 0: begin a window here, without a move."""
+        for bucket in self._tracked_buckets():
+            if bucket.windows:
+                torch._foreach_zero_(bucket.windows)
 
     # -- moves ---------------------------------------------------------------------
 
@@ -319,6 +359,8 @@ class _Bucket:
     anchors: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     lags: list[Tensor] = field(default_factory=list)
+    windows: list[Tensor] = field(default_factory=list)
+    drifts: list[Tensor] = field(default_factory=list)
 
     def add(self, row: int, parameter: Tensor, state: dict[str, Tensor] | None) -> None:
         """Take in one parameter with its gradient and hybrid tensors."""
@@ -331,11 +373,14 @@ class _Bucket:
             self.steps.append(local(state[STEP_KEY]))
             if LAG_KEY in state:
                 self.lags.append(local(state[LAG_KEY]))
+            if DRIFT_KEY in state:
+                self.windows.append(local(state[WINDOW_KEY]))
+                self.drifts.append(local(state[DRIFT_KEY]))
 
     @property
     def basis(self) -> list[list[Tensor]]:
-        """The directions in column order: STEP, then LAG."""
-        return [part for part in (self.steps, self.lags) if part]
+        """The directions in column order: STEP, then DRIFT."""
+        return [part for part in (self.steps, self.drifts) if part]
 
 
 def _dense(parameter: Tensor, row: int) -> Tensor:

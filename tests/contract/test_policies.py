@@ -51,9 +51,7 @@ def test_policy_satisfies_the_protocol(name: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @settings(max_examples=25, deadline=None)
 @given(longest=st.integers(-5, 40), most=st.integers(0, 33))
-def test_policy_never_exceeds_the_longest(
-    seed: int, longest: int, most: int
-) -> None:
+def test_policy_never_exceeds_the_longest(seed: int, longest: int, most: int) -> None:
     rng = random.Random(seed)
     for build in POLICIES.values():
         policy = build(most)

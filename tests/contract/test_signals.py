@@ -39,7 +39,12 @@ ALARMING = {
     "prediction_error": observation(0, 9.0, expected_loss=1.0, expected_loss_sigma=0.1),
     "oscillation": observation(0, 2.5),
 }
-STATISTICAL = ("loss_deviation", "gradient_explosion", "prediction_error", "oscillation")
+STATISTICAL = (
+    "loss_deviation",
+    "gradient_explosion",
+    "prediction_error",
+    "oscillation",
+)
 
 
 def alternating(step: int) -> Observation:
@@ -140,7 +145,9 @@ def test_signal_state_is_a_copy(name: str) -> None:
         {"count": 9},
     ],
 )
-def test_signal_refuses_broken_state_and_keeps_its_own(name: str, broken: object) -> None:
+def test_signal_refuses_broken_state_and_keeps_its_own(
+    name: str, broken: object
+) -> None:
     signal = lived(name)
     before = copy.deepcopy(signal.state_dict())
     with pytest.raises(CheckpointError):

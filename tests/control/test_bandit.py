@@ -61,7 +61,9 @@ def test_linucb_settles_on_not_predicting_when_prediction_does_not_pay() -> None
     assert late.count(0) >= 95
 
 
-def play(policy: LinUCBPolicy, theta: torch.Tensor, steps: int, seed: int) -> list[float]:
+def play(
+    policy: LinUCBPolicy, theta: torch.Tensor, steps: int, seed: int
+) -> list[float]:
     """Regret per step on a linear problem with a new random context each time."""
     rng, regrets = random.Random(seed), []
     for _ in range(steps):
@@ -94,7 +96,10 @@ def test_linucb_follows_a_switch_that_an_undiscounted_one_is_slow_to_see(
     discount: float,
 ) -> None:
     def late_hits(gamma: float) -> int:
-        policy, rng = LinUCBPolicy(LinUCB(discount=gamma), (0, 1, 2), 1), random.Random(2)
+        policy, rng = (
+            LinUCBPolicy(LinUCB(discount=gamma), (0, 1, 2), 1),
+            random.Random(2),
+        )
         hits = 0
         for step in range(900):
             best = 2 if step < 600 else 1
@@ -213,7 +218,9 @@ def test_linucb_refuses_an_empty_context() -> None:
         {"horizons": [0, 2]},
     ],
 )
-def test_linucb_refuses_broken_state_and_keeps_its_own(damage: dict[str, object]) -> None:
+def test_linucb_refuses_broken_state_and_keeps_its_own(
+    damage: dict[str, object],
+) -> None:
     policy = LinUCBPolicy(LinUCB(), (0, 1), 2)
     policy.update(1, [1.0, 0.5], 0.3)
     before, scores = copy.deepcopy(policy.state_dict()), policy.scores([1.0, 0.2])

@@ -7,21 +7,10 @@ import structlog
 import torch
 
 from hybridopt.demo.checkpoint import cache_directory, checkpoint, checkpoint_key
-from hybridopt.demo.model import ModelConfig
-from hybridopt.demo.presets import Preset
 from hybridopt.demo.text import text_at
 from hybridopt.demo.train import Task
 from hybridopt.telemetry.live import PlainDisplay
-
-PRESET = Preset(
-    model=ModelConfig(layers=1, heads=2, width=16, context=16),
-    batch_size=2,
-    steps=6,
-    checkpoint_steps=3,
-    tuned_rate=1e-2,
-    warmup_steps=1,
-    validation_batches=2,
-)
+from tests.demo.micro import MICRO
 
 
 @pytest.fixture
@@ -29,13 +18,14 @@ def task(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"
     text.write_bytes(b"All work and no play makes Jack a dull boy.\n" * 2000)
-    return Task(PRESET, text_at(text), 0, torch.device("cpu"), 1e-2, 0.5)
+    return Task(MICRO, text_at(text), 0, torch.device("cpu"), 1e-2, 0.5)
 
 
 def make(task):
     stream = io.StringIO()
     with structlog.testing.capture_logs() as logs:
         weights, loss = checkpoint(task, PlainDisplay(stream))
+    structlog.reset_defaults()
     return weights, loss, stream.getvalue(), logs
 
 
@@ -110,7 +100,7 @@ def test_cache_that_cannot_be_written_does_not_stop_training(
 def test_checkpoint_key_depends_on_text_model_and_schedule(task, tmp_path):
     other = tmp_path / "other.txt"
     other.write_bytes(b"Some other text that is long enough.\n" * 3000)
-    longer = msgspec.structs.replace(PRESET, checkpoint_steps=4)
+    longer = msgspec.structs.replace(MICRO, checkpoint_steps=4)
     keys = {
         checkpoint_key(task),
         checkpoint_key(dataclasses.replace(task, corpus=text_at(other))),

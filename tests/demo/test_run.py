@@ -4,24 +4,27 @@ import sys
 
 import pytest
 
+from hybridopt.demo.presets import PRESETS
 from hybridopt.demo.run import DemoOptions, run_demo
 from hybridopt.errors import ConfigError, HybridError
+from tests.demo.micro import MICRO
 
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(PRESETS, "tiny", MICRO)
     path = tmp_path / "text.txt"
     path.write_bytes(b"Whatever is worth doing is worth doing again & again.\n" * 3000)
     return path
 
 
-def run(text, tmp_path, **changes):
+def run(path, tmp_path, **changes):
     values = {
         "preset": "tiny",
         "scenario": "pretrain",
-        "text": str(text),
-        "steps": 14,
+        "text": str(path),
+        "steps": 60,
         "device": "cpu",
         "out": str(tmp_path / "out"),
     }
@@ -34,27 +37,27 @@ def test_demo_trains_both_and_reports_what_it_measured(text, tmp_path):
     result, said = run(text, tmp_path)
     (comparison,) = result.comparisons
     assert comparison.bare.evaluations[0].loss == comparison.hybrid.evaluations[0].loss
-    assert comparison.bare.backward_calls == 14
-    assert len(comparison.hybrid.records) == 14
+    assert comparison.bare.backward_calls == 60
+    assert len(comparison.hybrid.records) == 60
     page = result.report.read_text(encoding="utf-8")
     for arm in comparison.arms:
         assert f"{arm.final.loss:.4f}" in said
         assert f"{arm.final.loss:.4f}" in page
     assert str(result.report) in said
-    assert "bare          14/14 100%" in said
-    assert "hybrid        14/14 100%" in said
+    assert "bare          60/60 100%" in said
+    assert "hybrid        60/60 100%" in said
     numbers = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert numbers[0]["arms"][0]["backward_calls"] == 14
+    assert numbers[0]["arms"][0]["backward_calls"] == 60
     assert (tmp_path / "out" / "metrics-seed0.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_demo_finetunes_from_its_cached_checkpoint(text, tmp_path):
     options = {"scenario": "finetune", "checkpoint_steps": 10, "seeds": 2}
     result, said = run(text, tmp_path, **options)
     assert "checkpoint: training 10 steps" in said
     assert [c.seed for c in result.comparisons] == [0, 1]
     assert "mean" in said
+    assert "would close part of the gap" in said
     start = {c.bare.evaluations[0].loss for c in result.comparisons}
     assert len(start) == 1
     _, again = run(text, tmp_path, **options)

@@ -4,34 +4,24 @@ import pytest
 import torch
 
 from hybridopt import HybridPredictOptimizer
-from hybridopt.demo.model import ByteGPT, ModelConfig
-from hybridopt.demo.presets import Preset
+from hybridopt.demo.model import ByteGPT
 from hybridopt.demo.text import text_at
 from hybridopt.demo.train import RunPlan, Task, TrainingRun, tensor_bytes
 from hybridopt.telemetry import read_metrics
 from hybridopt.telemetry.live import RunProgress
-
-PRESET = Preset(
-    model=ModelConfig(layers=1, heads=2, width=16, context=16),
-    batch_size=2,
-    steps=40,
-    checkpoint_steps=3,
-    tuned_rate=1e-2,
-    warmup_steps=1,
-    validation_batches=2,
-)
+from tests.demo.micro import MICRO
 
 
 @pytest.fixture
 def task(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"The quick brown fox jumps over the lazy dog, again.\n" * 2000)
-    return Task(PRESET, text_at(text), 3, torch.device("cpu"), 1e-3, 0.0)
+    return Task(MICRO, text_at(text), 3, torch.device("cpu"), 1e-3, 0.0)
 
 
 @pytest.fixture
 def weights():
-    return ByteGPT(PRESET.model).initialize(0).state_dict()
+    return ByteGPT(MICRO.model).initialize(0).state_dict()
 
 
 def train(plan, task, weights, pieces=4):
@@ -57,7 +47,7 @@ def test_batches_depend_on_seed_and_index_only(task):
 
 def test_bare_run_is_plain_adamw_with_linear_decay(task, weights):
     run, arm, _ = train(RunPlan("bare", "", 10), task, weights)
-    model = ByteGPT(PRESET.model)
+    model = ByteGPT(MICRO.model)
     model.load_state_dict(weights)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
@@ -113,7 +103,8 @@ def test_evaluation_is_off_the_clock_and_off_the_budget(task, weights):
     assert arm.evaluations[2].wall_s == 0
 
 
-def test_runs_do_not_touch_the_global_generator(task, weights):
+def test_steps_do_not_touch_the_global_generator(task, weights):
+    run = TrainingRun(RunPlan("hybrid", "", 40, hybrid=True), task, weights)
     before = torch.get_rng_state()
-    train(RunPlan("hybrid", "", 15, hybrid=True), task, weights)
+    run.advance(40, RunProgress("hybrid", 40), lambda _: None)
     assert torch.equal(before, torch.get_rng_state())

@@ -120,7 +120,9 @@ def test_monitor_checks_statistics_at_intervals_and_nan_always() -> None:
     for step in range(6):
         verdict = monitor.judge(observation(step, 1.0), can_roll_back=False)
         names.append([r.name for r in verdict.readings])
-        broken = monitor.judge(observation(step, 0.0, finite=False), can_roll_back=False)
+        broken = monitor.judge(
+            observation(step, 0.0, finite=False), can_roll_back=False
+        )
         assert broken.level is Level.CRITICAL
         monitor.absorb(observation(step, 1.0))
     both = ["steady", "always"]
@@ -176,7 +178,10 @@ def test_monitor_forgets_rollbacks_that_left_the_window() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 4), st.integers(1, 30), st.integers(0, 4), st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.integers(0, 4),
+    st.integers(1, 40),
     st.integers(0, 2**16),
 )
 def test_monitor_never_allows_more_rollbacks_than_the_window_holds(
@@ -310,7 +315,9 @@ def test_monitor_state_continues_exactly() -> None:
         {"extra": 1},
     ],
 )
-def test_monitor_refuses_broken_state_and_keeps_its_own(damage: dict[str, object]) -> None:
+def test_monitor_refuses_broken_state_and_keeps_its_own(
+    damage: dict[str, object],
+) -> None:
     monitor = lived()
     before = copy.deepcopy(monitor.state_dict())
     with pytest.raises(CheckpointError):

@@ -40,7 +40,12 @@ def loss_level(signal: LossDeviation, loss: float) -> Level:
 
 @pytest.mark.parametrize(
     ("loss", "norm", "finite"),
-    [(NAN, NAN, False), (1.0, NAN, False), (math.inf, 1.0, True), (1.0, math.inf, True)],
+    [
+        (NAN, NAN, False),
+        (1.0, NAN, False),
+        (math.inf, 1.0, True),
+        (1.0, math.inf, True),
+    ],
 )
 def test_non_finite_is_critical_from_the_first_step(
     loss: float, norm: float, finite: bool
@@ -131,7 +136,9 @@ def student(rng: random.Random, df: float) -> float:
 
 QUIET: dict[str, Callable[[int, random.Random], float]] = {
     "smooth, falls by a million": lambda t, r: math.exp(-14 * t / 2000),
-    "smooth with ripples": lambda t, r: math.exp(-t / 140) * (1 + 0.3 * math.sin(t / 3)),
+    "smooth with ripples": lambda t, r: (
+        math.exp(-t / 140) * (1 + 0.3 * math.sin(t / 3))
+    ),
     "power law": lambda t, r: (t + 1.0) ** -2,
     "perfect fit": lambda t, r: 1 / (1 + t) if t < 500 else 1e-13 * r.random(),
     "rounding noise": lambda t, r: 2.0 * (1 + 1e-7 * r.gauss(0, 1)),
@@ -210,7 +217,9 @@ def test_gradient_explosion_cannot_compare_with_nothing() -> None:
 
 def test_vanishing_gradient_is_a_caution_from_the_first_step() -> None:
     signal = VanishingGradient(CONFIG)
-    levels = [signal.read(observation(gradient_norm=n)).level for n in (0.0, 1e-11, NAN)]
+    levels = [
+        signal.read(observation(gradient_norm=n)).level for n in (0.0, 1e-11, NAN)
+    ]
     assert levels == [Level.CAUTION, Level.OK, Level.OK]
 
 

@@ -115,7 +115,8 @@ class HostLauncher(Launcher):
         if isinstance(value, int):
             return ctypes.c_longlong(value)
         if isinstance(value, self._numpy.ndarray):
-            return (ctypes.c_longlong * len(value))(*value.tolist())
+            assert value.size == 1, "CuPy takes arrays of one struct only"
+            return (ctypes.c_char * value.nbytes).from_buffer_copy(value.tobytes())
         return ctypes.c_float(float(value))
 
 

@@ -1,4 +1,4 @@
-"""LinUCB against a literal twin: the formulas of the docstring, with explicit inverses."""
+"""LinUCB against a literal twin: its formulas as written, with explicit inverses."""
 
 from __future__ import annotations
 

@@ -169,7 +169,9 @@ def test_corrector_works_without_a_latent_state() -> None:
     one, ones = corrector(), torch.ones(SIZE, dtype=torch.float64)
     for _ in range(30):
         one.update(torch.zeros(0), ones, ones + BIAS)
-    torch.testing.assert_close(one.correction(torch.zeros(0), SIZE), BIAS, rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        one.correction(torch.zeros(0), SIZE), BIAS, rtol=0.1, atol=0
+    )
 
 
 def test_corrector_handles_predictions_and_ideals_of_zero() -> None:
@@ -187,7 +189,8 @@ LIKE = [torch.zeros(8, 6), torch.zeros(8), torch.zeros(5, 8)]
 def weights_bias(seed: int = 0) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(t.shape[0], 1, generator=g) @ torch.randn(1, t.shape[-1], generator=g)
+        torch.randn(t.shape[0], 1, generator=g)
+        @ torch.randn(1, t.shape[-1], generator=g)
         if t.ndim == 2
         else torch.randn(t.shape, generator=g)
         for t in LIKE
@@ -221,8 +224,12 @@ def test_corrector_distrusts_noise_in_weight_space() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "budget", "kept", "feedback"),
-    [(0, 64.0, False, False), (2, 64.0, True, True), (2, 0.0, False, False),
-     (2, 0.0005, True, False)],
+    [
+        (0, 64.0, False, False),
+        (2, 64.0, True, True),
+        (2, 0.0, False, False),
+        (2, 0.0005, True, False),
+    ],
 )
 def test_corrector_keeps_weight_factors_within_the_memory_budget(
     rank: int, budget: float, kept: bool, feedback: bool
@@ -277,7 +284,9 @@ def test_corrector_resumes_weight_factors_bit_for_bit(seen: bool) -> None:
         candidate.update_weights(weights_bias(5))
     for candidate in (other, again):
         pairs = zip(
-            one.weight_correction() or [], candidate.weight_correction() or [], strict=True
+            one.weight_correction() or [],
+            candidate.weight_correction() or [],
+            strict=True,
         )
         assert all(torch.equal(a, b) for a, b in pairs)
         assert torch.equal(one.weight_trust.weights, candidate.weight_trust.weights)

@@ -23,9 +23,9 @@ def residual(
 def held(store: ResidualStore) -> list[float]:
     """What the store holds, newest first."""
     slots = store.newest(len(store))
-    assert torch.equal(store.ideal[slots] - store.predicted[slots], torch.ones_like(
-        store.ideal
-    ))
+    assert torch.equal(
+        store.ideal[slots] - store.predicted[slots], torch.ones_like(store.ideal)
+    )
     return store.latents[slots, 0].tolist()
 
 

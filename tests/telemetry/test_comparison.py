@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from hybridopt.telemetry.comparison import reach
+from hybridopt.telemetry.comparison import reach, settle
 from tests.telemetry.builders import arm, comparison, curve
 
 
@@ -32,6 +32,23 @@ def test_reach_returns_the_point_itself_where_the_loss_was_measured():
 
 def test_reach_does_not_interpolate_from_a_loss_that_is_not_finite():
     assert reach(curve((math.nan, 2.0), 10), 2.5).cost == 10.0
+
+
+def test_settle_ignores_a_dip_that_did_not_last():
+    points = curve((3.0, 2.0, 2.8, 2.4, 1.0), cost_per_point=10)
+    assert settle(points, 2.5).cost == pytest.approx(27.5)
+    assert settle(points, 0.9) is None
+    assert settle(curve((3.0, 2.0, 2.8), 10), 2.5) is None
+    assert settle(curve((3.0, 2.0), 10), math.nan) is None
+    assert settle((), 2.5) is None
+
+
+def test_equal_loss_gives_the_hybrid_no_credit_for_a_dip():
+    equal = comparison((3.0, 2.1, 2.6, 2.4), hybrid_cost=10).equal_loss()
+    assert equal.loss == 2.4
+    assert equal.hybrid.cost == 30.0
+    assert equal.bare.cost == pytest.approx(13.333, abs=1e-3)
+    assert equal.cost_speedup < 1
 
 
 def test_equal_loss_is_the_lowest_that_both_runs_reached():

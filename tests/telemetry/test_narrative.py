@@ -62,6 +62,7 @@ def test_description_says_plainly_when_prediction_did_not_pay():
     assert "cheaper" in first
     text = " ".join(rest)
     assert "In wall time the hybrid run was slower" in text
+    assert "ended at a higher held-out loss: 2.5000 against 2.0000" in text
     assert "would have done at least as well" in text
     assert "paid:" not in text
 

@@ -4,6 +4,7 @@
 //   PARAM, GRAD, BASIS   storage of weights, gradients, directions: f32, bf16 or f16
 //   DIRECTIONS           J, how many directions an operation takes
 //   PACK                 weights per access: 16 bytes of the widest format in use
+//   UNROLL, STREAMING    packs in flight per thread; 1 to mark accesses as used once
 // The same text compiles for the host with HYBRIDOPT_HOST defined (tests do): there a
 // block's threads run one after the other, which only block_sum has to know.
 
@@ -67,12 +68,22 @@ template <class T, int N> struct Pack {
 
 template <class T, int N>
 __device__ __forceinline__ void load(Pack<T, N>& pack, const T* from, i64 index) {
-  pack.whole = *(const typename Pack<T, N>::word*)(from + index);
+  const typename Pack<T, N>::word* whole = (const typename Pack<T, N>::word*)(from + index);
+#if STREAMING && !defined(HYBRIDOPT_HOST)
+  pack.whole = __ldcs(whole);
+#else
+  pack.whole = *whole;
+#endif
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(const Pack<T, N>& pack, T* to, i64 index) {
-  *(typename Pack<T, N>::word*)(to + index) = pack.whole;
+  typename Pack<T, N>::word* whole = (typename Pack<T, N>::word*)(to + index);
+#if STREAMING && !defined(HYBRIDOPT_HOST)
+  __stcs(whole, pack.whole);
+#else
+  *whole = pack.whole;
+#endif
 }
 
 // The table of one call, all 64-bit: ``lists`` rows of one address per tensor, then the
@@ -118,10 +129,6 @@ __device__ __forceinline__ Chunk chunk_of(const Table& table, const int* owner,
 
 // Run op over a chunk: whole packs, UNROLL of them in flight per thread before the
 // first is used, then the tail (or all of it, where addresses are odd) one by one.
-#ifndef UNROLL
-#define UNROLL 4
-#endif
-
 template <int N, int U, class Op>
 __device__ __forceinline__ void sweep(Op& op, i64 begin, int packs) {
   typename Op::template Registers<N> held[U];

@@ -1,0 +1,123 @@
+"""Gains of the drift move: once per window, by the alignment of the window behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.config import HybridConfig
+from hybridopt.dynamics.state import tensor_like
+from hybridopt.types import DRIFT, Observation
+
+__all__ = ["WindowGains"]
+
+SHARPNESS = 5.0
+"""Slope of the squashed alignment; a cosine of 0.2 already counts as strong."""
+ROLLBACK_FACTOR = 0.25
+
+
+class WindowGains:
+    """One gain per tensor on d, the EMA's displacement over the last K real steps.
+
+    Every K real steps the move a_l d_l is made. Over the next K steps, running dot
+    products with the real gradients g measure whether it went far enough:
+
+        cos = -sum <g, d> / sqrt(sum ||g||^2 ||d||^2)
+        a <- clip(a exp(eta tanh(5 cos)), minimum, maximum).
+
+    Running dots need no gradient buffer; the mean gradient's own norm is replaced by
+    the root of the summed squares, which is what it is when noise dominates.
+
+    The direction has to be older than the gradients that measure it: a direction that
+    still takes in their steps (the lag itself) reads as misaligned, because each step
+    overshoots along its own noise.
+    """
+
+    def __init__(self, config: HybridConfig, size: int) -> None:
+        drift = config.drift
+        self.enabled = drift.enabled and config.memory != "low"
+        self._config = drift
+        self._size = size
+        self.reset()
+
+    def reset(self) -> None:
+        """Initial gains, no window."""
+        empty = torch.zeros(self._size, dtype=torch.float64, device="cpu")
+        self.gains = empty + self._config.initial
+        """(L,) gains, in windows of drift."""
+        self.count = 0
+        """Real steps in the current window."""
+        self.turned = False
+        """Whether the window was turned since the last observation."""
+        self._dots, self._gradients, self._direction = empty, empty, empty
+        self._made = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the move is due."""
+        return self.enabled and self.count >= self._config.window_steps
+
+    def absorb(self, observation: Observation) -> None:
+        """Take in one real step; after a turn it opens the next window."""
+        if not self.enabled:
+            return
+        if self.turned:
+            self.turned = False
+            self.count = 0
+            self._dots = torch.zeros_like(self._dots)
+            self._gradients = torch.zeros_like(self._gradients)
+        self.count += 1
+        self._dots = self._dots - observation.dots[:, DRIFT]
+        self._gradients = self._gradients + observation.gradient_sq
+        self._direction = observation.basis_sq[:, DRIFT]
+
+    def grow(self) -> None:
+        """Move the gains when a window behind a made move is full."""
+        if not (self.full and self._made):
+            return
+        norm = (self._gradients * self._direction).sqrt().clamp_min(1e-300)
+        cosine = (self._dots / norm).nan_to_num(0.0, 0.0, 0.0)
+        factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
+        self.gains = (self.gains * factor).clamp(
+            self._config.minimum, self._config.maximum
+        )
+        self._made = False  # one measurement per move
+
+    def turn(self, moving: bool) -> Tensor | None:
+        """(L,) coefficients of the drift move if it is due, else None.
+
+        Before ``moving`` windows turn too, but nothing moves. Repeating the call gives
+        the same answer until the next observation.
+        """
+        if not self.full:
+            return None
+        self.turned = True
+        self._made = moving
+        return self.gains if moving else torch.zeros_like(self.gains)
+
+    def shrink(self) -> None:
+        """After a rollback: a quarter of every gain."""
+        self.gains = (self.gains * ROLLBACK_FACTOR).clamp_min(self._config.minimum)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gains and the window so far."""
+        return {
+            "gains": self.gains.clone(),
+            "count": self.count,
+            "turned": self.turned,
+            "made": self._made,
+            "dots": self._dots.clone(),
+            "gradients": self._gradients.clone(),
+            "direction": self._direction.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; raises CheckpointError, possibly half-way, on a mismatch."""
+        self.gains = tensor_like(state, "gains", self.gains)
+        self._dots = tensor_like(state, "dots", self._dots)
+        self._gradients = tensor_like(state, "gradients", self._gradients)
+        self._direction = tensor_like(state, "direction", self._direction)
+        self.count = int(state["count"])
+        self.turned, self._made = bool(state["turned"]), bool(state["made"])

@@ -1,0 +1,223 @@
+"""The analytic predictor against a literal twin and against its own definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hybridopt.config import DriftConfig, GainConfig, HybridConfig, Prior
+from hybridopt.dynamics import build_predictor
+from hybridopt.dynamics.gains import alignments
+from hybridopt.types import LAG, STEP, Outcome
+from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
+
+L = len(SIZES)
+
+
+class Twin:
+    """The rule as it is written down, one tensor and one direction at a time."""
+
+    def __init__(self, rate, t0, rho, minimum, maximum, initial):
+        self.rate, self.t0, self.rho = rate, t0, rho
+        self.minimum, self.maximum, self.gain = minimum, maximum, initial
+        self.restart()
+
+    def restart(self):
+        self.count, self.m, self.q = 0, 0.0, 0.0
+
+    def absorb(self, c):
+        self.count += 1
+        self.m = self.rho * self.m + (1 - self.rho) * c
+        self.q = self.rho * self.q + (1 - self.rho) * c * c
+
+    def grow(self):
+        if self.count < 2:
+            return
+        correction = 1 - self.rho**self.count
+        m, q = self.m / correction, self.q / correction
+        sd = math.sqrt(max(q - m * m, 0.0))
+        t = m / (sd * math.sqrt((1 - self.rho) / (1 + self.rho)) + 0.01)
+        step = min(max((abs(t) - self.t0) / 2, 0.0), 1.0)
+        self.gain *= math.exp(self.rate * math.copysign(step, t))
+        self.gain = min(max(self.gain, self.minimum), self.maximum)
+
+
+def twins(config):
+    gain, drift = config.gain, config.drift
+    step = (gain.rate, gain.significance, gain.memory, gain.minimum, gain.maximum)
+    lag = (drift.rate, drift.significance, drift.memory, 1e-3, drift.maximum)
+    return [
+        (Twin(*step, gain.initial), Twin(*lag, max(drift.initial, 1e-3)))
+        for _ in range(L)
+    ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HybridConfig(predictor=Prior()),
+        HybridConfig(
+            predictor=Prior(),
+            gain=GainConfig(rate=0.7, significance=0.3, memory=0.5, maximum=4.0),
+            drift=DriftConfig(rate=0.4, significance=0.1, memory=0.9, initial=0.3),
+        ),
+    ],
+)
+def test_prior_follows_its_literal_twin(config):
+    made = build_predictor(config, SIZES, [1] * L)
+    rule = twins(config)
+    scale = (1 - config.drift.beta) / config.drift.beta
+    ratios = {40: 1.5, 41: 1.2, 55: 0.5, 70: 3.0}
+    for i, one in enumerate(noisy(120, L, seed=3)):
+        ratio = ratios.get(i, 1.0)
+        made.moving = i >= 10
+        made.observe(observation(i, one.alignment, lr_ratio=ratio))
+        for index, pair in enumerate(rule):
+            if made.moving and ratio > 1:
+                held = (1 + pair[STEP].gain) / ratio - 1
+                pair[STEP].gain = max(held, config.gain.minimum)
+            for column in (STEP, LAG):
+                pair[column].absorb(float(one.alignment[index, column]))
+                if made.moving:
+                    pair[column].grow()
+        if i == 90:
+            made.feedback(Outcome(0, 0.0, 1, 1.0, True))
+            for pair in rule:
+                for twin in pair:
+                    twin.gain = max(twin.gain / 4, twin.minimum)
+                    twin.restart()
+        said = made.forecast(slopes(L)).coefficients
+        expected = [
+            [a.gain, b.gain * scale if b.gain >= 2e-3 else 0.0] for a, b in rule
+        ]
+        exact = torch.tensor(expected, dtype=torch.float64)
+        assert torch.allclose(said, exact, rtol=1e-9, atol=0.0), i
+    assert said[:, STEP].std() > 0.01
+
+
+def test_alignments_equal_those_of_the_observation():
+    one = noisy(1, L)[0]
+    assert torch.allclose(alignments(one), one.alignment, rtol=1e-14)
+    zero = torch.zeros_like(one.dots)
+    flat = observation(0, zero, dots=zero, basis_sq=zero)
+    assert alignments(flat).tolist() == flat.alignment.tolist() == zero.tolist()
+
+
+def test_prior_gain_grows_on_steady_alignment_and_falls_on_opposed():
+    steady, opposed = predictor(Prior()), predictor(Prior())
+    for i in range(40):
+        one = torch.full((L, 2), 0.3, dtype=torch.float64)
+        steady.observe(observation(i, one))
+        opposed.observe(observation(i, -one))
+    assert bool((steady.gains.gains[:, STEP] == 256.0).all())
+    assert bool((opposed.gains.gains[:, STEP] == 0.02).all())
+    assert bool((opposed.forecast(slopes(L)).coefficients[:, LAG] == 0.0).all())
+
+
+def test_prior_one_observation_is_no_evidence():
+    made = predictor(Prior())
+    made.observe(observation(0, torch.full((L, 2), 0.9, dtype=torch.float64)))
+    assert made.gains.gains[:, STEP].tolist() == [0.1] * L
+
+
+@pytest.mark.parametrize(
+    "changes", [{"drift": DriftConfig(enabled=False, initial=1.0)}, {"memory": "low"}]
+)
+def test_prior_without_drift_never_moves_along_the_lag(changes):
+    made = predictor(Prior(), **changes)
+    for i in range(60):
+        made.observe(observation(i, torch.full((L, 2), 0.5, dtype=torch.float64)))
+        assert bool((made.forecast(slopes(L)).coefficients[:, LAG] == 0.0).all())
+
+
+def test_prior_drift_grows_from_zero_to_a_move():
+    made = predictor(Prior())
+    for i in range(60):
+        made.observe(observation(i, torch.full((L, 2), 0.5, dtype=torch.float64)))
+    moved = made.forecast(slopes(L)).coefficients[:, LAG]
+    expected = 1e-3 * math.exp(0.05 * 59) * 0.03 / 0.97
+    assert torch.allclose(moved, torch.full_like(moved, expected), rtol=1e-9)
+
+
+def test_prior_progress_is_first_order_worth_times_efficiency():
+    made = predictor(Prior(), drift=DriftConfig(enabled=False))
+    made.observe(noisy(1, L)[0])
+    made.gains.gains = torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0], [5, 0]]).double()
+    said = made.forecast(torch.tensor([1.0, -9.0, 2.0, 0.0, 1.0]).double())
+    assert said.progress == pytest.approx((1 + 6 + 5) / 4 * 0.5)
+    assert said.progress_lower == pytest.approx(3.0 * 0.25)
+    assert said.confidence == pytest.approx(0.5)
+
+
+def test_prior_measures_efficiency_by_the_trapezoid_rule():
+    made = predictor(Prior(), drift=DriftConfig(enabled=False))
+    made.observe(noisy(1, L)[0])
+    slope = slopes(L).abs()
+    samples = []
+    for i, ratio in enumerate((0.4, -0.2, -7.0, 5.0), 1):
+        coefficients = made.forecast(slope).coefficients
+        begin = float((coefficients[:, STEP] * slope).sum())
+        dots = torch.zeros(L, 2, dtype=torch.float64)
+        dots[0, STEP] = -ratio * begin / float(coefficients[0, STEP])
+        flat = torch.zeros(L, 2, dtype=torch.float64)
+        made.observe(observation(i, flat, dots=dots, moved_progress=0.1))
+        samples.append((1 + min(max(ratio, -1), 1)) / 2)
+    weights = [0.9 ** (3 - i) for i in range(4)]
+    mean = sum(w * s for w, s in zip(weights, samples, strict=True)) / sum(weights)
+    assert made.efficiency.mean == pytest.approx(mean)
+    assert 0.0 < made.efficiency.error < 0.25
+
+
+def test_prior_counts_the_lag_in_slope_and_worth():
+    made = predictor(Prior(), drift=DriftConfig(initial=2.0, beta=0.5))
+    flat = torch.zeros(L, 2, dtype=torch.float64)
+    dots = torch.zeros(L, 2, dtype=torch.float64)
+    dots[:, LAG] = -3.0
+    made.observe(observation(0, flat, dots=dots, moved_progress=0.0))
+    slope = torch.ones(L, dtype=torch.float64)
+    # v = beta (v + s): <-g, v> = 0.5 (3 + 1) = 2; the lag's coefficient is 2 * 1.
+    assert made.forecast(slope).progress == pytest.approx((0.1 + 2.0 * 2.0) * 0.5)
+
+
+def test_prior_judges_no_move_that_was_not_made():
+    made = predictor(Prior())
+    for i, one in enumerate(noisy(10, L)):
+        made.observe(observation(i, one.alignment, moved_progress=0.0))
+        made.forecast(slopes(L))
+    assert made.efficiency.mean == 0.5
+    assert made.efficiency.error == 0.25
+
+
+def test_prior_rolled_back_move_counts_as_worth_nothing():
+    made = predictor(Prior())
+    made.feedback(Outcome(0, -1.0, 1, 1.0, True))
+    assert made.efficiency.mean == 0.0
+    assert made.forecast(slopes(L)).progress == 0.0
+
+
+def test_prior_expects_a_straight_loss_line_to_go_on():
+    made = predictor(Prior())
+    flat = torch.zeros(L, 2, dtype=torch.float64)
+    for i in range(300):
+        made.observe(observation(i, flat, loss=3.0 - 0.01 * i))
+    said = made.forecast(slopes(L))
+    assert said.loss == pytest.approx(0.0, abs=1e-3)
+    assert said.loss_sigma < 1e-3
+    means, sigmas = made.loss_path(5)
+    assert means == pytest.approx([-0.01 * k for k in range(5)], abs=1e-3)
+    assert sigmas == sorted(sigmas)
+
+
+def test_prior_loss_sigma_covers_noise():
+    made = predictor(Prior())
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.zeros(L, 2, dtype=torch.float64)
+    inside = 0
+    for i in range(400):
+        loss = 2.0 + 0.1 * float(torch.randn((), generator=generator))
+        said = made.forecast(slopes(L))
+        inside += abs(loss - said.loss) < 2 * said.loss_sigma
+        made.observe(observation(i, flat, loss=loss))
+    assert 0.88 < inside / 400 < 0.99
