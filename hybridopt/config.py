@@ -74,8 +74,9 @@ class GainConfig(_Checked, frozen=True, kw_only=True):
     """Gain at the first move, in base steps."""
     minimum: NonNegative = 0.02
     """Smallest gain; keeps a way back up."""
-    maximum: Positive = 256.0
-    """Largest gain, in base steps."""
+    maximum: Positive = 16.0
+    """Largest gain, in base steps. Higher ones pay at very conservative rates only:
+    short runs would spend most of their time overshooting."""
     significance: NonNegative = 1.0
     """t0, standard errors by which the mean alignment must differ from zero before
     its gain changes."""

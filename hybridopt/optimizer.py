@@ -102,6 +102,10 @@ class HybridPredictOptimizer(Optimizer):
 
     # -- one training step ---------------------------------------------------------
 
+    # Decisions are host code: compiled around, not into. A compiled model inside the
+    # closure stays compiled. Torch's own optimizers use the same lazy decorator;
+    # ``torch.compiler.disable`` would import the compiler with this module.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One training step, real or predicted.

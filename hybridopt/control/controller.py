@@ -26,6 +26,9 @@ CONTEXT_SIZE = 6
 FORWARD_COST = 1.0 / 3.0
 """Cost of a forward pass in real steps (a backward is 2/3)."""
 
+SLOW_WORTH_RATE = 0.05
+"""Share per real step by which the consumable worth follows the forecast's bound."""
+
 IDLE_PROGRESS = 0.03
 """A move worth less than this many steps does not pay for its bookkeeping."""
 IDLE_DRIFT = 0.05
@@ -76,6 +79,7 @@ class Controller:
         self._since_validation = 0
         self._caution = False
         self._last_rate = 0.0
+        self._slow_worth = 0.0
 
     @property
     def asleep(self) -> bool:
@@ -161,6 +165,9 @@ class Controller:
         if not (self.warm and allowed) or self.asleep:
             return None
         self._caution = verdict.level >= Level.CAUTION
+        lower = forecast.progress_lower
+        if math.isfinite(lower):
+            self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
         context = self._context(observation, forecast)
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)
@@ -224,7 +231,9 @@ class Controller:
             return 0
         if forecast.confidence < self.config.confidence_threshold:
             return 0
-        bound = forecast.progress_lower
+        # Gains overshoot while they grow; steps consumed on the strength of that are
+        # missing later to repair it. So the bound rises slowly, from zero.
+        bound = min(forecast.progress_lower, self._slow_worth)
         if not math.isfinite(bound) or bound < 1.0:
             return 0
         longest = min(int(bound), self.config.max_predict_steps)
@@ -269,6 +278,7 @@ class Controller:
         "_since_validation",
         "_caution",
         "_last_rate",
+        "_slow_worth",
     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
 from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
 from hybridopt.dynamics.state import load_or_undo, tensor_like
-from hybridopt.dynamics.trend import Efficiency, LossTrend
+from hybridopt.dynamics.trend import Efficiency, Gate, LossTrend
 from hybridopt.dynamics.window import WindowGains
 from hybridopt.types import BASIS_SIZE, DRIFT, STEP, Forecast, Observation, Outcome
 
@@ -54,6 +54,7 @@ class PriorPredictor:
         self.window = WindowGains(config, len(sizes))
         self.trend = LossTrend()
         self.efficiency = Efficiency()
+        self.gate = Gate()
         self.moving = False
         """Whether gains may change; set by the caller once warm-up is over."""
         self._empty = torch.zeros(
@@ -97,6 +98,7 @@ class PriorPredictor:
         self.window.reset()
         self.trend = LossTrend()
         self.efficiency = Efficiency()
+        self.gate = Gate()
         self._forget_move()
 
     # -- parts that a learned predictor puts its correction between ----------------
@@ -112,8 +114,11 @@ class PriorPredictor:
     def absorb(self, observation: Observation, alignment: Tensor) -> None:
         """Take in the statistics of one real step; gains stay."""
         if observation.moved_progress != 0.0 and self._move is not None:
-            end = -float((self._move[:, STEP] * observation.dots[:, STEP]).sum())
+            gains = self._move[:, STEP]
+            end = -float((gains * observation.dots[:, STEP]).sum())
             self.efficiency.add(self._move_slope, end)
+            length = float((gains * gains * observation.basis_sq[:, STEP]).sum())
+            self.gate.add(end, length, observation.gradient_norm**2)
         else:
             self.efficiency.skip()
         self._move = None
@@ -171,7 +176,7 @@ class PriorPredictor:
             coefficients=coefficients,
             confidence=confidence * bound,
             progress=first_order * worth.efficiency,
-            progress_lower=first_order * worth.efficiency_lower,
+            progress_lower=first_order * worth.efficiency_lower * self.gate.open,
             loss=worth.loss,
             loss_sigma=worth.loss_sigma,
             turns_window=drift is not None,
@@ -207,6 +212,7 @@ class PriorPredictor:
             "gains": self.gains.state_dict(),
             "trend": self.trend.state_dict(),
             "efficiency": self.efficiency.state_dict(),
+            "gate": self.gate.state_dict(),
             "window": self.window.state_dict(),
             "move": None if self._move is None else self._move.clone(),
             "move_slope": self._move_slope,
@@ -221,6 +227,7 @@ class PriorPredictor:
         self.gains.load_state_dict(state["gains"])
         self.trend.load_state_dict(state["trend"])
         self.efficiency.load_state_dict(state["efficiency"])
+        self.gate.load_state_dict(state["gate"])
         self.window.load_state_dict(state["window"])
         move = state["move"]
         self._move = None if move is None else tensor_like(state, "move", self._empty)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridopt.history import RunningMoments
 
-__all__ = ["Efficiency", "LossTrend"]
+__all__ = ["Efficiency", "Gate", "LossTrend"]
 
 
 class LossTrend:
@@ -147,3 +147,40 @@ class Efficiency:
         """Restore what ``state_dict`` returned."""
         self._samples.load_state_dict(state["samples"])
         self.surprise = float(state["surprise"])
+
+
+class Gate:
+    """Whether whole moves still point downhill when they end, as a factor in [0, 1].
+
+    clip(t / 2, 0, 1), t the running mean of the cosine between a move and the descent
+    direction at its end, over its standard error. Near the best rate it closes: the
+    moves are then right on average and worth no schedule.
+    """
+
+    MEMORY = 0.9
+    FLOOR = 0.01
+
+    def __init__(self) -> None:
+        self._cosines = RunningMoments(self.MEMORY)
+
+    @property
+    def open(self) -> float:
+        """The factor; 0 before the second move."""
+        if self._cosines.count < 2:
+            return 0.0
+        error = self._cosines.standard_error + self.FLOOR
+        return min(max(self._cosines.mean / error / 2.0, 0.0), 1.0)
+
+    def add(self, slope: float, move_sq: float, gradient_sq: float) -> None:
+        """Take in one move: -<g, delta> at its end, ||delta||^2, ||g||^2."""
+        norm = math.sqrt(move_sq * gradient_sq)
+        if norm > 0.0 and math.isfinite(slope / norm):
+            self._cosines.add(slope / norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments."""
+        return self._cosines.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._cosines.load_state_dict(state)

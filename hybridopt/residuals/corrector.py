@@ -73,6 +73,7 @@ class SimilarityCorrector:
         self.weight_trust = TrustWeights(1)
         self._seed = seed
         self._factors_state: dict[str, Any] | None = None
+        self._relate_all()
 
     # -- coefficient space ----------------------------------------------------------
 
@@ -111,7 +112,11 @@ class SimilarityCorrector:
                 would_be.square().sum(0),
                 missing.square().sum(0),
             )
-        self.store.add(latent, predicted, ideal)
+        if self.store.add(latent, predicted, ideal):
+            if self._relative.shape != (self.store.slots, *size):
+                self._relate_all()
+            else:
+                self._relate(self.store.newest(1)[0])
 
     def _untrusted(self, latent: Tensor, size: tuple[int, int]) -> Tensor | None:
         """(L, J) correction at full trust; None when no stored residual applies."""
@@ -119,18 +124,33 @@ class SimilarityCorrector:
         fits = store.size == size and store.latents.shape[1:] == latent.shape
         if len(store) == 0 or not fits or not bool(latent.isfinite().all()):
             return None
-        square = (store.predicted.square() + store.ideal.square()).mean(1) / 2
-        scale = square.sqrt()
-        relative = (store.ideal - store.predicted) / scale.clamp_min(1e-300).unsqueeze(
-            1
-        )
-        relative = relative.clamp(-LARGEST_RELATIVE, LARGEST_RELATIVE)
         distance = (store.latents - latent).square().sum(1)
         spread = self.config.temperature * float(distance.median())
         # All alike (spread 0): nothing to tell them apart by, so all count the same.
         share = torch.softmax(-distance / spread if spread > 0 else 0 * distance, 0)
-        now = scale[store.newest(SCALE_RESIDUALS)].mean(0)
-        return now * torch.einsum("i,ilj->lj", share, relative)
+        now = self._scale[store.newest(SCALE_RESIDUALS)].mean(0)
+        relative = self._relative[: len(store)].flatten(1)
+        return now * (share @ relative).view(size)
+
+    def _relate_all(self) -> None:
+        """Relative residuals and scales of everything stored, slot by slot.
+
+        They follow from the store; kept because a correction is due at every move and
+        a new residual changes one slot. Slot by slot, so that a resumed run has the
+        same bits.
+        """
+        slots, size = self.store.slots, self.store.size
+        self._relative = torch.zeros(slots, *size, dtype=torch.float64)
+        self._scale = torch.zeros(slots, size[1], dtype=torch.float64)
+        for slot in range(len(self.store)):
+            self._relate(slot)
+
+    def _relate(self, slot: int) -> None:
+        predicted, ideal = self.store.predicted[slot], self.store.ideal[slot]
+        scale = ((predicted.square() + ideal.square()).mean(0) / 2).sqrt()
+        relative = (ideal - predicted) / scale.clamp_min(1e-300)
+        self._relative[slot] = relative.clamp(-LARGEST_RELATIVE, LARGEST_RELATIVE)
+        self._scale[slot] = scale
 
     # -- weight space ---------------------------------------------------------------
 
@@ -221,6 +241,7 @@ class SimilarityCorrector:
             )
         fresh = SimilarityCorrector(self.config, self.memory_budget, self._seed)
         fresh.store.load_state_dict(state["store"])
+        fresh._relate_all()
         fresh.trust.load_state_dict(state["trust"])
         fresh.weight_trust.load_state_dict(state["weight_trust"])
         if self.factors is not None and state["factors"] is not None:

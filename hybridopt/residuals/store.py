@@ -56,6 +56,11 @@ class ResidualStore:
         return self._shape[1], self._shape[2]
 
     @property
+    def slots(self) -> int:
+        """Most residuals that fit: the capacity, or what the byte limit allows."""
+        return self._latents.shape[0]
+
+    @property
     def latents(self) -> Tensor:
         """(n, k) in slot order; a view."""
         return self._latents[: self._count]
@@ -77,7 +82,7 @@ class ResidualStore:
 
     def newest(self, count: int) -> list[int]:
         """Slots of the ``count`` newest residuals, newest first; fewer if few."""
-        slots = self._latents.shape[0]
+        slots = self.slots
         return [(self._next - 1 - i) % slots for i in range(min(count, self._count))]
 
     def add(self, latent: Tensor, predicted: Tensor, ideal: Tensor) -> bool:
@@ -106,21 +111,20 @@ class ResidualStore:
         shape = (latent.shape[0], predicted.shape[0], predicted.shape[1])
         if shape != self._shape:
             self._allocate(*shape)
-        slots = self._latents.shape[0]
-        if slots == 0:
+        if self.slots == 0:
             return False
         self._latents[self._next] = latent.detach()
         self._predicted[self._next] = predicted.detach()
         self._ideal[self._next] = ideal.detach()
-        self._next = (self._next + 1) % slots
-        self._count = min(self._count + 1, slots)
+        self._next = (self._next + 1) % self.slots
+        self._count = min(self._count + 1, self.slots)
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """Filled slots in slot order, so that sums over them repeat bit for bit."""
         return {
             "shape": list(self._shape),
-            "slots": self._latents.shape[0],
+            "slots": self.slots,
             "next": self._next,
             "latents": self.latents.clone(),
             "predicted": self.predicted.clone(),
@@ -139,8 +143,8 @@ class ResidualStore:
             raise _mismatch(f"shape={shape}: must be three sizes")
         fresh = ResidualStore(self.capacity, self.byte_limit)
         fresh._allocate(*shape)
-        if fresh._latents.shape[0] != slots:
-            raise _mismatch(f"slots={slots}: must be {fresh._latents.shape[0]}")
+        if fresh.slots != slots:
+            raise _mismatch(f"slots={slots}: must be {fresh.slots}")
         count = len(tensors[0]) if isinstance(tensors[0], Tensor) else -1
         # While the ring fills, the next slot is the first empty one.
         positions = range(count, count + 1) if count < slots else range(max(slots, 1))

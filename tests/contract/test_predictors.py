@@ -12,7 +12,7 @@ from hybridopt.config import MLP, RSSM, HybridConfig
 from hybridopt.dynamics import build_predictor
 from hybridopt.errors import CheckpointError
 from hybridopt.protocols import Predictor
-from hybridopt.types import BASIS_SIZE, LAG, STEP, Outcome
+from hybridopt.types import BASIS_SIZE, DRIFT, STEP, Outcome
 from tests.dynamics.stream import (
     KINDS,
     NAMES,
@@ -213,7 +213,7 @@ def test_predictor_held_keeps_initial_gains_and_gathers_statistics(kind):
         held.observe(one)
     said = held.forecast(slopes(L))
     assert said.coefficients[:, STEP].tolist() == [0.1] * L
-    assert said.coefficients[:, LAG].tolist() == [0.0] * L
+    assert said.coefficients[:, DRIFT].tolist() == [0.0] * L
     assert said.confidence > 0.0
     held.moving = True
     held.observe(observation(30, torch.full((L, 2), 0.2, dtype=torch.float64)))

@@ -10,7 +10,7 @@ import torch
 from hybridopt.config import DriftConfig, GainConfig, HybridConfig, Prior
 from hybridopt.dynamics import build_predictor
 from hybridopt.dynamics.gains import alignments
-from hybridopt.types import LAG, STEP, Outcome
+from hybridopt.types import STEP, Outcome
 from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
 
 L = len(SIZES)
@@ -44,57 +44,37 @@ class Twin:
         self.gain = min(max(self.gain, self.minimum), self.maximum)
 
 
-def twins(config):
-    gain, drift = config.gain, config.drift
-    step = (gain.rate, gain.significance, gain.memory, gain.minimum, gain.maximum)
-    lag = (drift.rate, drift.significance, drift.memory, 1e-3, drift.maximum)
-    return [
-        (Twin(*step, gain.initial), Twin(*lag, max(drift.initial, 1e-3)))
-        for _ in range(L)
-    ]
-
-
 @pytest.mark.parametrize(
-    "config",
+    "gain",
     [
-        HybridConfig(predictor=Prior()),
-        HybridConfig(
-            predictor=Prior(),
-            gain=GainConfig(rate=0.7, significance=0.3, memory=0.5, maximum=4.0),
-            drift=DriftConfig(rate=0.4, significance=0.1, memory=0.9, initial=0.3),
-        ),
+        GainConfig(),
+        GainConfig(rate=0.7, significance=0.3, memory=0.5, maximum=4.0),
     ],
 )
-def test_prior_follows_its_literal_twin(config):
-    made = build_predictor(config, SIZES, [1] * L)
-    rule = twins(config)
-    scale = (1 - config.drift.beta) / config.drift.beta
+def test_prior_follows_its_literal_twin(gain):
+    made = build_predictor(HybridConfig(predictor=Prior(), gain=gain), SIZES, [1] * L)
+    limits = (gain.minimum, gain.maximum, gain.initial)
+    rule = [Twin(gain.rate, gain.significance, gain.memory, *limits) for _ in range(L)]
     ratios = {40: 1.5, 41: 1.2, 55: 0.5, 70: 3.0}
     for i, one in enumerate(noisy(120, L, seed=3)):
         ratio = ratios.get(i, 1.0)
         made.moving = i >= 10
         made.observe(observation(i, one.alignment, lr_ratio=ratio))
-        for index, pair in enumerate(rule):
+        for index, twin in enumerate(rule):
             if made.moving and ratio > 1:
-                held = (1 + pair[STEP].gain) / ratio - 1
-                pair[STEP].gain = max(held, config.gain.minimum)
-            for column in (STEP, LAG):
-                pair[column].absorb(float(one.alignment[index, column]))
-                if made.moving:
-                    pair[column].grow()
+                twin.gain = max((1 + twin.gain) / ratio - 1, gain.minimum)
+            twin.absorb(float(one.alignment[index, STEP]))
+            if made.moving:
+                twin.grow()
         if i == 90:
             made.feedback(Outcome(0, 0.0, 1, 1.0, True))
-            for pair in rule:
-                for twin in pair:
-                    twin.gain = max(twin.gain / 4, twin.minimum)
-                    twin.restart()
-        said = made.forecast(slopes(L)).coefficients
-        expected = [
-            [a.gain, b.gain * scale if b.gain >= 2e-3 else 0.0] for a, b in rule
-        ]
-        exact = torch.tensor(expected, dtype=torch.float64)
+            for twin in rule:
+                twin.gain = max(twin.gain / 4, twin.minimum)
+                twin.restart()
+        said = made.forecast(slopes(L)).coefficients[:, STEP]
+        exact = torch.tensor([twin.gain for twin in rule], dtype=torch.float64)
         assert torch.allclose(said, exact, rtol=1e-9, atol=0.0), i
-    assert said[:, STEP].std() > 0.01
+    assert said.std() > 0.01
 
 
 def test_alignments_equal_those_of_the_observation():
@@ -113,32 +93,12 @@ def test_prior_gain_grows_on_steady_alignment_and_falls_on_opposed():
         opposed.observe(observation(i, -one))
     assert bool((steady.gains.gains[:, STEP] == 256.0).all())
     assert bool((opposed.gains.gains[:, STEP] == 0.02).all())
-    assert bool((opposed.forecast(slopes(L)).coefficients[:, LAG] == 0.0).all())
 
 
 def test_prior_one_observation_is_no_evidence():
     made = predictor(Prior())
     made.observe(observation(0, torch.full((L, 2), 0.9, dtype=torch.float64)))
     assert made.gains.gains[:, STEP].tolist() == [0.1] * L
-
-
-@pytest.mark.parametrize(
-    "changes", [{"drift": DriftConfig(enabled=False, initial=1.0)}, {"memory": "low"}]
-)
-def test_prior_without_drift_never_moves_along_the_lag(changes):
-    made = predictor(Prior(), **changes)
-    for i in range(60):
-        made.observe(observation(i, torch.full((L, 2), 0.5, dtype=torch.float64)))
-        assert bool((made.forecast(slopes(L)).coefficients[:, LAG] == 0.0).all())
-
-
-def test_prior_drift_grows_from_zero_to_a_move():
-    made = predictor(Prior())
-    for i in range(60):
-        made.observe(observation(i, torch.full((L, 2), 0.5, dtype=torch.float64)))
-    moved = made.forecast(slopes(L)).coefficients[:, LAG]
-    expected = 1e-3 * math.exp(0.05 * 59) * 0.03 / 0.97
-    assert torch.allclose(moved, torch.full_like(moved, expected), rtol=1e-9)
 
 
 def test_prior_progress_is_first_order_worth_times_efficiency():
@@ -170,15 +130,19 @@ def test_prior_measures_efficiency_by_the_trapezoid_rule():
     assert 0.0 < made.efficiency.error < 0.25
 
 
-def test_prior_counts_the_lag_in_slope_and_worth():
-    made = predictor(Prior(), drift=DriftConfig(initial=2.0, beta=0.5))
+def test_prior_efficiency_is_that_of_the_step_direction_alone():
+    made = predictor(Prior(), drift=DriftConfig(initial=4.0, window_steps=2))
     flat = torch.zeros(L, 2, dtype=torch.float64)
-    dots = torch.zeros(L, 2, dtype=torch.float64)
-    dots[:, LAG] = -3.0
-    made.observe(observation(0, flat, dots=dots, moved_progress=0.0))
-    slope = torch.ones(L, dtype=torch.float64)
-    # v = beta (v + s): <-g, v> = 0.5 (3 + 1) = 2; the lag's coefficient is 2 * 1.
-    assert made.forecast(slope).progress == pytest.approx((0.1 + 2.0 * 2.0) * 0.5)
+    slope = slopes(L).abs()
+    for i in range(3):
+        made.observe(observation(i, flat))
+        said = made.forecast(slope)
+    begin = float((said.coefficients[:, STEP] * slope).sum())
+    dots = torch.full((L, 2), 100.0, dtype=torch.float64)
+    dots[:, STEP] = 0.0
+    dots[0, STEP] = -0.5 * begin / float(said.coefficients[0, STEP])
+    made.observe(observation(3, flat, dots=dots, moved_progress=0.1))
+    assert made.efficiency.surprise == pytest.approx((0.75 - 0.5) / 0.3)
 
 
 def test_prior_judges_no_move_that_was_not_made():

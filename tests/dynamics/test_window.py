@@ -1,0 +1,89 @@
+"""Gains of the drift move: one move per window, measured by the window behind it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hybridopt.config import DriftConfig, GainConfig, Prior
+from hybridopt.types import DRIFT, Outcome
+from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
+
+L = len(SIZES)
+K = 4
+STILL = GainConfig(rate=0.0)
+
+
+def drifting(**changes):
+    config = DriftConfig(**({"window_steps": K, "initial": 0.5} | changes))
+    return predictor(Prior(), drift=config, gain=STILL)
+
+
+def test_window_gains_follow_their_literal_twin():
+    made = drifting(rate=0.7, maximum=0.9, minimum=0.3)
+    rule = [0.5] * L
+    measured = False
+    window: list = []
+    for i, one in enumerate(noisy(60, L, seed=5)):
+        made.observe(one)
+        window.append(one)
+        said = made.forecast(slopes(L))
+        if len(window) < K:
+            assert not said.turns_window
+            assert not said.coefficients[:, DRIFT].any()
+            continue
+        for index in range(L) if measured else ():
+            dots = sum(-float(step.dots[index, DRIFT]) for step in window)
+            square = sum(float(step.gradient_sq[index]) for step in window)
+            norm = math.sqrt(square * float(one.basis_sq[index, DRIFT]))
+            factor = math.exp(0.7 * math.tanh(5 * dots / norm))
+            rule[index] = min(max(rule[index] * factor, 0.3), 0.9)
+        assert said.turns_window, i
+        exact = torch.tensor(rule, dtype=torch.float64)
+        assert torch.allclose(said.coefficients[:, DRIFT], exact, rtol=1e-9), i
+        assert said.drift_gain == pytest.approx(sum(rule) / L)
+        measured, window = True, []
+    assert min(rule) < 0.5 < max(rule)
+
+
+def test_window_turns_without_moving_before_warm_up_is_over():
+    made = drifting()
+    made.moving = False
+    turns = 0
+    for one in noisy(3 * K, L):
+        made.observe(one)
+        said = made.forecast(slopes(L))
+        turns += said.turns_window
+        assert not said.coefficients[:, DRIFT].any()
+    assert turns == 3
+    assert made.window.gains.tolist() == [0.5] * L
+
+
+@pytest.mark.parametrize(
+    "changes", [{"drift": DriftConfig(enabled=False)}, {"memory": "low"}]
+)
+def test_window_that_is_off_never_turns(changes):
+    made = predictor(Prior(), **changes)
+    for one in noisy(90, L):
+        made.observe(one)
+        said = made.forecast(slopes(L))
+        assert not said.turns_window
+        assert not said.coefficients[:, DRIFT].any()
+        assert said.drift_gain == 0.0
+
+
+def test_window_gains_shrink_after_a_rollback():
+    made = drifting(minimum=0.02)
+    made.feedback(Outcome(0, 0.0, 1, 1.0, True))
+    assert made.window.gains.tolist() == [0.125] * L
+
+
+def test_window_without_a_direction_leaves_its_gains():
+    made = drifting()
+    flat = torch.zeros(L, 2, dtype=torch.float64)
+    for i in range(3 * K):
+        made.observe(observation(i, flat, dots=flat, basis_sq=flat))
+        made.forecast(slopes(L))
+    assert made.window.gains.tolist() == [0.5] * L
