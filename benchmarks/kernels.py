@@ -73,7 +73,7 @@ def median_ms(call: Callable[[Operands], object], sets: Sequence[Operands]) -> f
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         one = sets[len(times) % len(sets)]
         # Else advance would meet anchor == theta, so zeros, from the second call on.
-        one.theta, one.first = one.first, one.theta
+        one.theta, one.gradient = one.gradient, one.theta
         torch.cuda._sleep(3_000_000)  # the host launches meanwhile
         start.record()
         call(one)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,9 @@ from benchmarks.cases import BUDGETS, Case
 from benchmarks.runner import Limits, Run, run
 from benchmarks.tasks.base import Setting, TaskUnavailableError
 
-__all__ = ["CaseResult", "Options", "provenance", "run_case"]
+__all__ = ["CaseResult", "Clock", "Options", "provenance", "run_case"]
+
+Clock = Literal["wall", "process"]
 
 TARGET_GROWTH = 0.03
 TARGET_PATIENCE = 2.0
@@ -48,6 +50,8 @@ class CaseResult:
     family: str
     mode: str
     headline: float
+    clock: Clock = "wall"
+    """Which time speed is judged by: process time on a CPU, which others may share."""
     skipped: str = ""
     runs: list[Run] = field(default_factory=list)
 
@@ -74,7 +78,8 @@ def run_case(
     Seeds are the outer loop, so that a slow minute of the machine falls on all arms of
     a seed. A case whose data or package is missing is skipped with its message.
     """
-    result = CaseResult(case.name, case.family, case.mode, case.headline)
+    clock: Clock = "process" if options.device == "cpu" else "wall"
+    result = CaseResult(case.name, case.family, case.mode, case.headline, clock)
     worker = _Worker(case, options)
     try:
         worker.warm_up()

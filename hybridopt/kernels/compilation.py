@@ -11,9 +11,9 @@ from hybridopt.kernels.layout import FORMATS, pack_size
 
 __all__ = ["STREAMING", "UNROLL", "kernel_options", "kernel_source"]
 
-UNROLL = {"observe": 4, "advance": 2, "apply": 4, "copy": 4, "base": 2, "plan": 1}
+UNROLL = {"observe": 4, "advance": 4, "apply": 4, "copy": 4, "base": 4, "plan": 1}
 """Packs in flight per thread, by kernel file (chosen by ``benchmarks.kernels``)."""
-STREAMING = dict.fromkeys(UNROLL, 0)
+STREAMING = {"observe": 1, "advance": 0, "apply": 1, "copy": 0, "base": 0, "plan": 0}
 """1 where accesses are marked as read or written once, by kernel file."""
 
 

@@ -26,7 +26,9 @@ __all__ = ["Row", "describe", "format_table", "seed_rows", "summary_rows"]
 MISSING = "-"
 NOT_REACHED = "not reached"
 _NOISE = 0.03
-"""Relative difference below which nothing is claimed."""
+"""Relative difference in cost below which nothing is claimed."""
+_SEED_SPREAD = 0.02
+"""Relative difference of final losses that a single seed does not settle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +202,22 @@ def describe(comparisons: Sequence[Comparison]) -> list[str]:
         lines.append(_against_shortened(first.hybrid, first.shortened))
     lines += _what_happened(first.hybrid)
     if len(comparisons) < 3:
-        lines.append(
-            "This is a single run"
-            if len(comparisons) == 1
-            else "These are only two seeds"
-        )
-        lines[-1] += (
-            ": differences of a few percent are within the noise between seeds "
-            "(--seeds 5 measures it)."
-        )
+        lines.append(_caution(first, len(comparisons)))
     return lines
+
+
+def _caution(comparison: Comparison, seeds: int) -> str:
+    """How far a result of one or two seeds can be trusted."""
+    bare, hybrid = comparison.bare.final.loss, comparison.hybrid.final.loss
+    gap = abs(bare - hybrid) / bare
+    runs = "one seed" if seeds == 1 else f"{seeds} seeds"
+    text = f"This is {runs}, and the two final losses differ by {gap:.1%}."
+    if gap < _SEED_SPREAD:
+        return (
+            f"{text} Another seed may well change the verdict: late in training a small "
+            "difference in loss is a large one in cost. --seeds 5 measures the spread."
+        )
+    return f"{text} --seeds 5 measures the spread between seeds."
 
 
 def _verdict(equals: Sequence[EqualLoss]) -> str:

@@ -22,11 +22,13 @@ def drifting(**changes):
 
 
 def test_window_gains_follow_their_literal_twin():
-    made = drifting(rate=0.7, maximum=0.9, minimum=0.3)
+    made = drifting(rate=0.3, maximum=1.2, minimum=0.2)
     rule = [0.5] * L
     measured = False
     window: list = []
-    for i, one in enumerate(noisy(60, L, seed=5)):
+    sign = torch.tensor([1.0, -1, 1, -1, 0]).double().unsqueeze(1)
+    for i, plain in enumerate(noisy(30, L, seed=5)):
+        one = observation(i, plain.alignment * sign)
         made.observe(one)
         window.append(one)
         said = made.forecast(slopes(L))
@@ -38,14 +40,15 @@ def test_window_gains_follow_their_literal_twin():
             dots = sum(-float(step.dots[index, DRIFT]) for step in window)
             square = sum(float(step.gradient_sq[index]) for step in window)
             norm = math.sqrt(square * float(one.basis_sq[index, DRIFT]))
-            factor = math.exp(0.7 * math.tanh(5 * dots / norm))
-            rule[index] = min(max(rule[index] * factor, 0.3), 0.9)
+            factor = math.exp(0.3 * math.tanh(5 * dots / norm))
+            rule[index] = min(max(rule[index] * factor, 0.2), 1.2)
         assert said.turns_window, i
         exact = torch.tensor(rule, dtype=torch.float64)
         assert torch.allclose(said.coefficients[:, DRIFT], exact, rtol=1e-9), i
         assert said.drift_gain == pytest.approx(sum(rule) / L)
         measured, window = True, []
     assert min(rule) < 0.5 < max(rule)
+    assert rule[4] == 0.5
 
 
 def test_window_turns_without_moving_before_warm_up_is_over():

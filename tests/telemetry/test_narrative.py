@@ -52,7 +52,8 @@ def test_description_says_that_prediction_paid_when_it_did():
     assert "the bare run never got that low" in text
     assert "18 were predicted" in text
     assert "does not explain the result" in text
-    assert "noise between seeds" in text
+    assert "one seed, and the two final losses differ by 5.0%" in text
+    assert "may well change the verdict" not in text
 
 
 def test_description_says_plainly_when_prediction_did_not_pay():
@@ -68,8 +69,9 @@ def test_description_says_plainly_when_prediction_did_not_pay():
 
 
 def test_description_claims_nothing_within_the_noise():
-    first = describe([comparison((3.0, 2.5, 2.2, 1.99), 10)])[0]
+    first, *_, last = describe([comparison((3.0, 2.5, 2.2, 1.99), 10)])
     assert first.startswith("Prediction made no difference")
+    assert "differ by 0.5%. Another seed may well change the verdict" in last
 
 
 def test_description_without_a_common_loss_gives_no_speedup():
