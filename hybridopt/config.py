@@ -8,6 +8,7 @@ rule and way out. Nothing here needs changing for a normal run.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
@@ -60,6 +61,11 @@ class _Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"{owner.__name__}.{field}={value!r}: {error}. "
                     f"See docs/configuration.md for the range of {field!r}."
                 ) from None
+            if isinstance(converted, float) and not math.isfinite(converted):
+                raise ConfigError(
+                    f"{owner.__name__}.{field}={value!r}: must be finite. "
+                    "Use a large number instead of inf."
+                )
             # Integers given for float fields become floats, so that equal
             # configurations are equal bytes; the struct is frozen for everyone else.
             msgspec.structs.force_setattr(self, field, converted)
@@ -401,12 +407,17 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
 def _toml(values: dict[str, Any]) -> str:
     """One table per nested struct; the configuration nests one level deep."""
     lines = [
-        f"{key} = {json.dumps(value)}"
+        f"{key} = {_scalar(value)}"
         for key, value in values.items()
         if not isinstance(value, dict) and value is not None
     ]
     for key, value in values.items():
         if isinstance(value, dict):
             lines += ["", f"[{key}]"]
-            lines += [f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None]
+            lines += [f"{k} = {_scalar(v)}" for k, v in value.items() if v is not None]
     return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """A TOML scalar: JSON's, except that TOML has no surrogate pairs and escapes DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

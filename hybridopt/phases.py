@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridopt import quasi_newton
+from hybridopt import correcting, quasi_newton
 from hybridopt.closure import forward_only
 from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
@@ -85,9 +85,11 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
         return roll_back(run, observation, verdict)
     if not observation.finite:
         return _skip(run, observation, verdict)
+    expected = None if guarded else correcting.expected_displacement(run)
     _learn(run, observation)
     if not guarded:
         _take_base_step(run, step_base)
+        correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     slept = run.controller.asleep
     run.controller.advance_real(observation)
@@ -123,9 +125,10 @@ def predicted_step(run: Run) -> Done:
         run.restore_buffers()
         run.counters.rolled_back_steps += 1
         controller.after_rollback()
-        events.rolled_back(run.counters.steps, "predicted move is not finite")
+        _report_rollback(run, "predicted move is not finite")
         verdict = Verdict(Level.CRITICAL, RecoveryAction.ROLL_BACK)
         return Done(plan.mover, run.last_loss, verdict, action=verdict.action)
+    correcting.correct_weights(run)
     expected = move.loss
     if math.isfinite(expected) and math.isfinite(run.last_loss):
         share = (plan.position + 1) / plan.horizon
@@ -204,7 +207,7 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
         run.secant.abandon()
     run.counters.rolled_back_steps += 1
     run.clear_gradients()
-    events.rolled_back(run.counters.steps, verdict.reason)
+    _report_rollback(run, verdict.reason)
     if run.monitor.rolled_back(run.counters.steps):
         events.predictions_paused(run.counters.steps, verdict.reason)
     return Done(
@@ -260,6 +263,7 @@ def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
 
 def _learn(run: Run, observation: Observation) -> None:
     """Let every learner take in an accepted observation."""
+    correcting.learn(run, observation)
     outcome = run.controller.outcome(observation, rolled_back=False)
     if outcome is not None:
         run.controller.learn(outcome)
@@ -313,18 +317,17 @@ def _plan_move(
     forecast = run.predictor.forecast(run.slopes)
     if forecast.turns_window:
         run.space.turn_window()
-    if run.config.residual.enabled and forecast.latent is not None:
-        size = (forecast.coefficients.shape[0], forecast.coefficients.shape[1])
-        correction = run.corrector.correction(forecast.latent, size)
-        forecast = replace(
-            forecast, coefficients=forecast.coefficients + correction
-        )
+    plain = forecast
+    forecast = correcting.correct(run, forecast)
     allowed = run.monitor.may_predict(run.counters.steps)
     move = run.controller.schedule(
         observation, verdict, forecast, run.rates(), run.slopes, allowed
     )
     if move is None:
         return forecast, 0, Mover.NONE
+    if run.config.residual.enabled:
+        move.predicted, move.latent = plain.coefficients, plain.latent
+        move.slopes = run.slopes
     if move.horizon == 0:
         if not _move(run, move.coefficients, 1.0):
             run.space.roll_back()
@@ -367,11 +370,17 @@ def _newton_retry(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
+def _report_rollback(run: Run, reason: str) -> None:
+    counters = run.counters
+    events.rolled_back(counters.steps, reason, counters.rolled_back_steps)
+
+
 def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     """Not finite and nothing to take back: the step does not happen."""
     run.counters.skipped_steps += 1
     run.mark_consumed()
-    events.step_skipped(run.counters.steps, verdict.reason)
+    counters = run.counters
+    events.step_skipped(counters.steps, verdict.reason, counters.skipped_steps)
     return Done(
         Mover.NONE,
         observation.loss,

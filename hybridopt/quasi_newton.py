@@ -55,7 +55,7 @@ def before_base(run: Run, observation: Observation) -> Newton:
     run.secant_loss = observation.loss
     if run.noise.decided and not run.noise.is_low:
         # The loss is noisy: secant pairs would measure the draw of the batch.
-        mover.reset()
+        mover.release()
         run.secant_off = True
         return Newton(quiet=True)
     warm = run.controller.warm and (

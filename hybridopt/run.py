@@ -377,7 +377,7 @@ def build_run(
         predictor=predictor,
         controller=Controller(config, policy),
         monitor=DivergenceMonitor(config, signals),
-        corrector=components.corrector or build_corrector(config.residual),
+        corrector=components.corrector or build_corrector(config.residual, config.memory_budget, config.seed),
         collective=collective,
         secant=_secant(config, parameters, collective),
         noise=NoiseMeter(config.secant),

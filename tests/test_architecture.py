@@ -17,7 +17,7 @@ ROWS = [
     ["weights"],
     ["control", "guard", "dynamics", "residuals", "telemetry"],
     ["run"],
-    ["quasi_newton", "checkpoint", "statistics"],
+    ["quasi_newton", "correcting", "checkpoint", "statistics"],
     ["phases"],
     ["optimizer"],
     ["__init__"],

@@ -58,6 +58,12 @@ class Move:
     loss: float = math.nan
     """Expected loss behind the move."""
     loss_sigma: float = math.nan
+    predicted: Tensor | None = None
+    """(L, J) coefficients before the residual correction; None without corrector."""
+    latent: Tensor | None = None
+    """The predictor's latent when the move was planned; None without corrector."""
+    slopes: Tensor | None = None
+    """(L,) slopes that the move was planned with; None without corrector."""
 
 
 class Controller:

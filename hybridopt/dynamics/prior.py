@@ -118,7 +118,9 @@ class PriorPredictor:
             end = -float((gains * observation.dots[:, STEP]).sum())
             self.efficiency.add(self._move_slope, end)
             length = float((gains * gains * observation.basis_sq[:, STEP]).sum())
-            self.gate.add(end, length, observation.gradient_norm**2)
+            norm = observation.gradient_norm
+            # A float to a power raises on overflow; a product becomes inf.
+            self.gate.add(end, length, norm * norm)
         else:
             self.efficiency.skip()
         self._move = None

@@ -1,4 +1,4 @@
-"""Gains of the drift move: once per window, by the alignment of the window behind it."""
+"""Gains of the drift move: once per window, by how the window behind it aligns."""
 
 from __future__ import annotations
 

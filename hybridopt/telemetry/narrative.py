@@ -214,8 +214,8 @@ def _caution(comparison: Comparison, seeds: int) -> str:
     text = f"This is {runs}, and the two final losses differ by {gap:.1%}."
     if gap < _SEED_SPREAD:
         return (
-            f"{text} Another seed may well change the verdict: late in training a small "
-            "difference in loss is a large one in cost. --seeds 5 measures the spread."
+            f"{text} Another seed may well change the verdict: late in training a "
+            "small difference in loss is a large one in cost. --seeds 5 measures it."
         )
     return f"{text} --seeds 5 measures the spread between seeds."
 

@@ -35,3 +35,11 @@ def shard_share(tensor: Tensor) -> float:
         if not placement.is_replicate():
             shards *= mesh.size(dimension)
     return float(shards)
+
+
+def shard_numel(tensor: Tensor) -> int:
+    """Elements of the largest shard: what a rank needs room for, equal on all ranks.
+
+    The local count is not: the last shards are shorter, or empty.
+    """
+    return -(-tensor.numel() // int(shard_share(tensor)))

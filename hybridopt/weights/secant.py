@@ -243,6 +243,11 @@ class SecantMover:
         if self._memory is not None:
             self._memory.clear()
 
+    def release(self) -> None:
+        """Forget everything and give the pairs' memory back."""
+        self.abandon()
+        self._memory = None
+
     def _clear_pending(self) -> None:
         self._direction = self._base_step = None
         self._loss = math.nan

@@ -21,7 +21,7 @@ from torch import Tensor
 from hybridopt.config import HybridConfig
 from hybridopt.errors import ConfigError
 from hybridopt.protocols import Ops
-from hybridopt.weights.local import local
+from hybridopt.weights.local import local, shard_numel
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
@@ -109,11 +109,11 @@ class WeightSpace:
         into ``memory_budget``."""
         if not self._wants_drift:
             return False
-        numbers = sum(local(p).numel() for p in self.parameters())
+        numbers = sum(shard_numel(p) for p in self.parameters())
         return 2 * 2 * numbers <= self._budget
 
     def _total_bytes(self) -> int:
-        return sum(local(p).nbytes for p in self.parameters())
+        return sum(shard_numel(p) * p.itemsize for p in self.parameters())
 
     def allocate(self) -> None:
         """Give every parameter its hybrid tensors, after the base has filled its state.
@@ -155,7 +155,9 @@ class WeightSpace:
         self.moved = False
 
     def _new_anchor(self, p: Tensor) -> Tensor:
-        if not self.low_memory or local(p).device.type == "cpu":
+        # A shard stays on its device: as a plain tensor it would be saved as a whole.
+        sharded = hasattr(p, "placements")
+        if not self.low_memory or sharded or local(p).device.type == "cpu":
             return p.detach().clone(memory_format=torch.preserve_format)
         plain = local(p)
         return torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
@@ -167,7 +169,8 @@ class WeightSpace:
             for key in KEYS[1:]:
                 if key in state and state[key].dtype != self.basis_dtype(p):
                     state[key] = state[key].to(self.basis_dtype(p))
-            if self.low_memory and ANCHOR in state and local(p).device.type != "cpu":
+            offloaded = self.low_memory and not hasattr(p, "placements")
+            if offloaded and ANCHOR in state and local(p).device.type != "cpu":
                 state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
 
     # -- one real step -------------------------------------------------------------
@@ -273,6 +276,37 @@ class WeightSpace:
             # its answer would stall every step.
             return True
         return all(bool(v) for v in verdicts)
+
+    def combine(self, coefficients: Tensor) -> list[Tensor]:
+        """sum_j coefficients[l, j] b_jl for every tracked tensor, as new tensors."""
+        found: dict[int, Tensor] = {}
+        for bucket in self._tracked_buckets():
+            for place, row in enumerate(bucket.rows):
+                parts = [
+                    float(coefficients[row, column]) * direction[place].float()
+                    for column, direction in enumerate(bucket.basis)
+                ]
+                found[row] = torch.stack(parts).sum(0)
+        return [found[row] for row in sorted(found)]
+
+    def displacements(self) -> list[Tensor]:
+        """s of every tracked tensor, in row order; not copies."""
+        found: dict[int, Tensor] = {}
+        for bucket in self._tracked_buckets():
+            found.update(zip(bucket.rows, bucket.steps, strict=True))
+        return [found[row] for row in sorted(found)]
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """theta_l += tensor_l for every tracked tensor, in row order."""
+        rows = sorted(row for b in self._tracked_buckets() for row in b.rows)
+        place = {row: index for index, row in enumerate(rows)}
+        for bucket in self._tracked_buckets():
+            parts = [
+                tensors[place[row]].to(p.device, p.dtype)
+                for row, p in zip(bucket.rows, bucket.parameters, strict=True)
+            ]
+            torch._foreach_add_(bucket.parameters, parts)
+        self.moved = True
 
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""

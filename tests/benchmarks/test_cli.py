@@ -88,7 +88,8 @@ def test_select_by_exact_name_takes_only_that_case():
 def finished(arm: str, fraction: float, steps: int, backwards: int, loss: float) -> Run:
     run = Run("case", arm, 0, fraction, steps, 1e-3)
     run.backwards = run.forwards = backwards
-    run.cost, run.wall_s, run.process_s = float(backwards), backwards * 0.1, backwards
+    run.cost, run.wall_s = float(backwards), backwards * 0.1
+    run.process_s = run.cost
     run.final_loss = loss
     run.points = [Point(steps, run.cost, run.wall_s, run.process_s, loss)]
     return run
@@ -100,7 +101,7 @@ def example(headline: float = 1.0) -> CaseResult:
     ]
     runs.append(finished("hybrid", 1.0, 100, 15, 3.0))
     return CaseResult(
-        "case", "fine-tuning, conservative", "schedule", headline, "", runs
+        "case", "fine-tuning, conservative", "schedule", headline, runs=runs
     )
 
 
@@ -119,6 +120,22 @@ def test_class_verdict_compares_with_the_target():
     slower.runs[-1] = finished("hybrid", 1.0, 100, 50, 3.0)
     (failed,) = class_figures([slower], "hybrid")
     assert failed.verdict == "fail"
+
+
+def test_verdict_is_by_the_clock_of_the_machine():
+    shared = example()
+    shared.runs[-1].process_s = 50.0
+    assert class_figures([shared], "hybrid")[0].verdict == "pass"
+    shared.clock = "process"
+    assert class_figures([shared], "hybrid")[0].verdict == "fail"
+
+
+def test_only_the_headline_length_is_judged():
+    shorter = example(headline=0.5)
+    shorter.runs.append(finished("hybrid", 0.5, 50, 40, 3.5))
+    figures = class_figures([shorter], "hybrid")
+    assert [(f.fraction, f.headline) for f in figures] == [(1.0, False), (0.5, True)]
+    assert [f.verdict for f in figures] == ["pass", "fail"]
 
 
 def test_a_failed_run_fails_its_class():

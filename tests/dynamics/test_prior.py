@@ -86,13 +86,14 @@ def test_alignments_equal_those_of_the_observation():
 
 
 def test_prior_gain_grows_on_steady_alignment_and_falls_on_opposed():
-    steady, opposed = predictor(Prior()), predictor(Prior())
+    gain = GainConfig(minimum=0.03, maximum=40.0)
+    steady, opposed = (predictor(Prior(), gain=gain) for _ in range(2))
     for i in range(40):
         one = torch.full((L, 2), 0.3, dtype=torch.float64)
         steady.observe(observation(i, one))
         opposed.observe(observation(i, -one))
-    assert bool((steady.gains.gains[:, STEP] == 256.0).all())
-    assert bool((opposed.gains.gains[:, STEP] == 0.02).all())
+    assert bool((steady.gains.gains[:, STEP] == 40.0).all())
+    assert bool((opposed.gains.gains[:, STEP] == 0.03).all())
 
 
 def test_prior_one_observation_is_no_evidence():
@@ -107,6 +108,10 @@ def test_prior_progress_is_first_order_worth_times_efficiency():
     made.gains.gains = torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0], [5, 0]]).double()
     said = made.forecast(torch.tensor([1.0, -9.0, 2.0, 0.0, 1.0]).double())
     assert said.progress == pytest.approx((1 + 6 + 5) / 4 * 0.5)
+    assert said.progress_lower == 0.0  # no move was seen to end downhill yet
+    for _ in range(2):
+        made.gate.add(1.0, 1.0, 1.0)
+    said = made.forecast(torch.tensor([1.0, -9.0, 2.0, 0.0, 1.0]).double())
     assert said.progress_lower == pytest.approx(3.0 * 0.25)
     assert said.confidence == pytest.approx(0.5)
 
@@ -143,6 +148,21 @@ def test_prior_efficiency_is_that_of_the_step_direction_alone():
     dots[0, STEP] = -0.5 * begin / float(said.coefficients[0, STEP])
     made.observe(observation(3, flat, dots=dots, moved_progress=0.1))
     assert made.efficiency.surprise == pytest.approx((0.75 - 0.5) / 0.3)
+
+
+def test_prior_consumes_no_steps_once_moves_end_uphill():
+    made = predictor(Prior(), drift=DriftConfig(enabled=False))
+    flat = torch.zeros(L, 2, dtype=torch.float64)
+    lower = []
+    for ends in (-1.0, 1.0):
+        for i in range(20):
+            one = observation(i, flat + 0.3)
+            dots = ends * one.dots.abs()
+            made.observe(observation(i, flat, dots=dots, moved_progress=0.1))
+            said = made.forecast(slopes(L).abs())
+        lower.append(said.progress_lower)
+    assert lower[0] > 0.0
+    assert lower[1] == 0.0
 
 
 def test_prior_judges_no_move_that_was_not_made():
