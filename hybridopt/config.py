@@ -118,7 +118,7 @@ class SecantConfig(_Checked, frozen=True, kw_only=True):
     """m, most secant pairs kept; fewer when ``memory_budget`` is short."""
     warmup_steps: Count = 20
     """Real steps before the first secant move."""
-    noise_threshold: Positive = 0.2
+    noise_threshold: Positive = 0.08
     """Secant moves run only while the median relative misfit of the trapezoid rule
     (measured loss change against the gradients along the step) is below this."""
     minimum_curvature: Positive = 1e-4

@@ -66,8 +66,8 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
     run.space.refresh()
     run.settle()
     pending = run.space.observe(loss)
-    correcting = run.controller.plan.phase is Phase.CORRECT
-    guarded = run.skips_on_device and not correcting
+    must_wait = run.controller.plan.phase is Phase.CORRECT
+    guarded = run.skips_on_device and not must_wait
     if guarded:
         # Nothing that consumed steps can be taken back here, so the base may step
         # while the numbers travel; it skips what is not finite on the device.

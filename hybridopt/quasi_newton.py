@@ -53,7 +53,7 @@ def before_base(run: Run, observation: Observation) -> Newton:
     if not observation.finite:
         return Newton(quiet=False, judged=judged)
     run.secant_loss = observation.loss
-    if run.noise.decided and not run.noise.is_low:
+    if run.noise.is_high:
         # The loss is noisy: secant pairs would measure the draw of the batch.
         mover.release()
         run.secant_off = True

@@ -37,6 +37,10 @@ def _release(module: nn.Module, kind: type) -> None:
         return
     root: Any = module
     if hasattr(root, "reset_iter_state"):
+        # Before its first forward a module does not know that it is the root, and
+        # holds nothing yet; resetting it then fails.
+        if getattr(root._get_fsdp_state(), "_is_root", True) is None:
+            return
         root.reset_iter_state()
         return
     shards: list[Any] = [m for m in module.modules() if isinstance(m, kind)]
