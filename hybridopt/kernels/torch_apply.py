@@ -42,8 +42,11 @@ def apply_packed(
 def apply_on_host(
     parameters: Sequence[Tensor], basis: Sequence[Sequence[Tensor]], factors: Tensor
 ) -> Tensor:
-    """``apply`` tensor by tensor on the CPU; keeps a copy of the weights meanwhile."""
+    """``apply`` tensor by tensor on the CPU; in place where norms prove it safe."""
     rows = factors.tolist()
+    proved = _apply_in_place(parameters, basis, rows)
+    if proved is not None:
+        return proved
     moved, squares = [], []
     for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
         delta = _delta(theta, [b[index] for b in basis], row)
@@ -51,6 +54,48 @@ def apply_on_host(
         squares.append(dot(flat, flat).float())
         moved.append(delta.add_(theta).to(theta.dtype))
     return _commit(parameters, moved, torch.stack(squares), moved)
+
+
+_SAFE = 1e37
+"""Magnitude below which float32 sums of two numbers cannot overflow."""
+
+
+def _apply_in_place(
+    parameters: Sequence[Tensor],
+    basis: Sequence[Sequence[Tensor]],
+    rows: Sequence[Sequence[float]],
+) -> Tensor | None:
+    """The move without a copy of the weights, or None where that takes a closer look.
+
+    No element exceeds its tensor's norm, so when ||theta|| + |k| ||b|| is far below the
+    largest float, every new weight is finite and nothing has to be computed twice.
+    Fresh buffers for new weights would cost more than the arithmetic: on a CPU each
+    page of them is faulted in anew.
+    """
+    chosen: list[tuple[Tensor, Tensor, float]] = []
+    norms: list[Tensor] = []
+    for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
+        used = [(b[index], k) for b, k in zip(basis, row, strict=True) if k != 0]
+        if len(used) > 1 or theta.dtype not in (torch.float32, torch.float64):
+            return None
+        flat = theta.reshape(-1)
+        norms.append(dot(flat, flat))
+        direction, k = used[0] if used else (theta, 0.0)
+        if direction.dtype != theta.dtype:
+            return None
+        along = direction.reshape(-1)
+        norms.append(dot(along, along) if used else flat.new_zeros(()))
+        chosen.append((theta, direction, k))
+    found = torch.stack(norms).double().view(-1, 2)
+    factor = torch.tensor([k for _, _, k in chosen], dtype=torch.float64)
+    squares = factor.square() * found[:, 1]
+    reach = found[:, 0].sqrt() + squares.sqrt()
+    if not bool((reach < _SAFE).all()):  # NaN and inf end here as well
+        return None
+    for theta, direction, k in chosen:
+        if k != 0:
+            theta.add_(direction, alpha=k)
+    return torch.cat([squares.float(), torch.ones(1)])
 
 
 def _delta(theta: Tensor, directions: Sequence[Tensor], row: Sequence[float]) -> Tensor:

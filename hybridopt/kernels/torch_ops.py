@@ -95,8 +95,8 @@ class TorchOps:
             thetas, anchors = list(parameters[part]), list(anchor[part])
             steps, lags = list(step[part]), list(lag[part])
             if uniform(thetas, anchors, steps, lags):
-                torch._foreach_copy_(steps, thetas)
-                torch._foreach_sub_(steps, anchors)
+                for theta, before, moved in zip(thetas, anchors, steps, strict=True):
+                    torch.sub(theta, before, out=moved)
                 torch._foreach_add_(lags, steps)
                 torch._foreach_mul_(lags, beta)
             else:
