@@ -45,7 +45,6 @@ def test_plain_values_come_back_equal(state):
         torch.Generator().get_state(),
         torch.tensor([float("nan"), float("inf")]),
     ],
-    ids=str,
 )
 def test_tensors_come_back_bit_for_bit(tensor):
     back = decode(encode({"t": tensor}))["t"]
