@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.optim.optimizer as torch_optimizer
 
@@ -20,7 +21,7 @@ def without_global_hooks() -> Iterator[None]:
 
     The hooks of the base itself still fire: whoever put them there wants base steps.
     """
-    registries = [
+    registries: list[dict[int, Any]] = [
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     ]

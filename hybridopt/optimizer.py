@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hybridopt import phases
@@ -105,7 +106,7 @@ class HybridPredictOptimizer(Optimizer):
     # Decisions are host code: compiled around, not into. A compiled model inside the
     # closure stays compiled. Torch's own optimizers use the same lazy decorator;
     # ``torch.compiler.disable`` would import the compiler with this module.
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One training step, real or predicted.

@@ -1,4 +1,4 @@
-"""This rank's part of a parameter, as a plain real tensor that shares its memory."""
+"""A rank's part of a parameter, as a plain real tensor that shares its memory."""
 
 from __future__ import annotations
 

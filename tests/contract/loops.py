@@ -8,7 +8,7 @@ from hybridopt import HybridPredictOptimizer, Phase
 from hybridopt.config import FixedHorizon, SecantConfig
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
-from tests.problems import BASES, Problem
+from tests.problems import BASES, Problem, assert_same_bits, train
 
 WARMUP_STEPS = 3
 HORIZON = 2
@@ -53,3 +53,17 @@ def backward(problem: Problem, opt, index: int) -> torch.Tensor:
     loss = problem.loss(index)
     loss.backward()
     return loss
+
+
+def loaded(problem, opt, state, load, **build_settings):
+    """A fresh twin with the same weights that took in ``state`` through ``load``."""
+    twin = problem.twin()
+    other = build(twin, **build_settings)
+    load(twin, other, state)
+    return twin, other
+
+
+def assert_continues_alike(problem, opt, twin, other, start):
+    assert other.phase is opt.phase
+    assert train(problem, opt, 15, start=start) == train(twin, other, 15, start=start)
+    assert_same_bits(problem.weights(), twin.weights())

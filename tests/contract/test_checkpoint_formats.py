@@ -1,45 +1,16 @@
 """Every way in which frameworks save and load optimizers; no hybrid state is lost."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from hybridopt import HybridPredictOptimizer, Phase
-from hybridopt.config import Prior
+from hybridopt import Phase
 from hybridopt.weights.space import KEYS
-from tests.contract.loops import build, drive, wrap
+from tests.contract.loops import assert_continues_alike, build, drive, loaded, wrap
 from tests.problems import BASES, assert_same_bits, regression, train
 
-FORMATS = {
-    "plain": StateDictOptions(),
-    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
-    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
-}
-
-
-def loaded(problem, opt, state, load, **build_settings):
-    """A fresh twin with the same weights that took in ``state`` through ``load``."""
-    twin = problem.twin()
-    other = build(twin, **build_settings)
-    load(twin, other, state)
-    return twin, other
-
-
-def assert_continues_alike(problem, opt, twin, other, start):
-    assert other.phase is opt.phase
-    assert train(problem, opt, 15, start=start) == train(twin, other, 15, start=start)
-    assert_same_bits(problem.weights(), twin.weights())
-
-
-# -- where state sits --------------------------------------------------------------------
+# -- where state sits --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -124,7 +95,7 @@ def test_parameter_without_gradient_gets_no_entry():
     assert torch.equal(spare.detach(), torch.ones(2))
 
 
-# -- through files -----------------------------------------------------------------------
+# -- through files -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", list(Phase))
@@ -176,7 +147,9 @@ def test_load_leaves_its_argument_unmodified(kind):
     problem = regression()
     opt = build(problem)
     train(problem, opt, 8)
-    source = opt if kind == "hybrid" else BASES["adamw"](list(problem.model.parameters()))
+    source = (
+        opt if kind == "hybrid" else BASES["adamw"](list(problem.model.parameters()))
+    )
     state = copy.deepcopy(source.state_dict())
     kept = copy.deepcopy(state)
     other = build(problem.twin())
@@ -211,109 +184,3 @@ def test_saving_and_loading_go_through_a_base_that_overrides_them():
     opt.load_state_dict(build(regression()).state_dict())
     assert Refuses.loads == 1
     assert opt.state_dict()["param_groups"]
-
-
-# -- distributed checkpointing -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "sgd_momentum", "adagrad"])
-@pytest.mark.parametrize("way", FORMATS)
-@pytest.mark.parametrize("position", [0, 1])
-def test_distributed_state_dict_resumes_exactly(way, position, name):
-    problem = regression()
-    opt = build(problem, name)
-    steps = drive(problem, opt, Phase.PREDICT, position)
-    options = FORMATS[way]
-    state = copy.deepcopy(get_optimizer_state_dict(problem.model, opt, options=options))
-
-    def load(twin, other, values):
-        set_optimizer_state_dict(twin.model, other, values, options=options)
-
-    twin, other = loaded(problem, opt, state, load, name=name)
-    assert_continues_alike(problem, opt, twin, other, steps)
-
-
-@pytest.mark.parametrize("way", ["plain", "flat"])
-def test_distributed_checkpoint_on_disk_resumes_exactly(way, tmp_path):
-    problem = regression()
-    opt = build(problem)
-    steps = drive(problem, opt, Phase.PREDICT, position=1)
-    options = FORMATS[way]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that one process saves alone
-        saved = get_optimizer_state_dict(problem.model, opt, options=options)
-        dcp.save({"opt": saved}, checkpoint_id=tmp_path / "dcp")
-
-        def load(twin, other, path):
-            template = get_optimizer_state_dict(twin.model, other, options=options)
-            dcp.load({"opt": template}, checkpoint_id=path)
-            set_optimizer_state_dict(twin.model, other, template, options=options)
-
-        twin, other = loaded(problem, opt, tmp_path / "dcp", load)
-    assert_continues_alike(problem, opt, twin, other, steps)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "sgd_momentum"])
-def test_zero_step_of_distributed_checkpointing_is_no_training_step(name):
-    problem = regression()
-    opt = build(problem, name)
-    weights = problem.weights()
-    for _ in range(3):
-        get_optimizer_state_dict(problem.model, opt)
-    assert_same_bits(weights, problem.weights())
-    assert opt.statistics()["steps"] == 0
-    assert opt.statistics()["backward_calls"] == 0
-    assert opt.run.controller.real_steps == 0
-    assert opt.phase is Phase.WARMUP
-    assert all(set(KEYS) <= set(opt.state[p]) for p in problem.model.parameters())
-
-
-@pytest.mark.parametrize("when", ["predict", "trained"])
-def test_zero_step_in_mid_training_changes_nothing(when):
-    problem = regression()
-    opt = build(problem, "sgd")
-    if when == "predict":
-        drive(problem, opt, Phase.PREDICT)
-    else:
-        train(problem, opt, 2)
-    opt.zero_grad()
-    weights, phase = problem.weights(), opt.phase
-    counted = opt.statistics()
-    get_optimizer_state_dict(problem.model, opt)
-    assert_same_bits(weights, problem.weights())
-    assert opt.phase is phase
-    assert opt.statistics() == counted
-
-
-def test_real_step_with_a_rate_of_zero_still_counts():
-    """Schedules often begin at exactly zero; only zero gradients make it a zero step."""
-    problem = regression()
-    opt = build(problem)
-    opt.param_groups[0]["lr"] = 0.0
-    problem.loss(0).backward()
-    opt.step()
-    assert opt.statistics()["real_steps"] == 1
-
-
-def test_state_loads_into_an_optimizer_that_never_stepped():
-    """accelerate makes this round trip on every optimizer that it is given."""
-    problem = regression()
-    opt = build(problem)
-    opt.load_state_dict(opt.state_dict())
-    train(problem, opt, 12)
-    reference = regression()
-    twin = build(reference)
-    train(reference, twin, 12)
-    assert_same_bits(reference.weights(), problem.weights())
-
-
-def test_disabled_wrapper_adds_no_key():
-    problem = regression()
-    base = BASES["adamw"](list(problem.model.parameters()))
-    opt = HybridPredictOptimizer(base, enabled=False, predictor=Prior())
-    train(problem, opt, 4)
-    bare = BASES["adamw"](list(problem.model.parameters()))
-    assert set(opt.state_dict()["param_groups"][0]) == set(
-        bare.state_dict()["param_groups"][0]
-    )
-    assert not any("hybrid" in k for v in opt.state_dict()["state"].values() for k in v)

@@ -113,7 +113,7 @@ def test_plateau_scheduler_takes_the_loss_of_every_step_predicted_ones_too():
 
 
 def test_scheduler_still_reaches_the_base_after_a_load():
-    """A load replaces the groups; an optimizer that aliased them goes on unscheduled."""
+    """A load replaces the groups; an alias of the old ones goes stale."""
     problem = regression()
     opt = build(problem)
     train(problem, opt, 3)

@@ -55,7 +55,13 @@ def _run(module: str, world_size: int, folder: Path) -> str | None:
             "PYTHONPATH": str(ROOT),
         }
         log = (folder / f"{rank}.log").open("w")
-        command = [sys.executable, "-m", "tests.distributed.launch", module, str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.distributed.launch",
+            module,
+            str(folder),
+        ]
         ranks.append(
             (
                 subprocess.Popen(

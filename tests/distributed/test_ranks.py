@@ -78,7 +78,7 @@ def test_predicted_steps_communicate_nothing_and_real_ones_one_sum(both):
     ids=lambda s: s.__name__,
 )
 def test_ranks_train_as_one_process_on_the_mean_loss(both, scenario):
-    """So the loss is averaged, and sums over shards and copies weigh what they should."""
+    """So the loss is averaged, and shards and copies weigh what they should."""
     reference, result = both(ranks.one_process)[0], both(scenario)[0]
     torch.testing.assert_close(
         result["weights"], reference["weights"], rtol=1e-3, atol=1e-4

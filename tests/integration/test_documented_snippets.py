@@ -1,4 +1,4 @@
-"""The code in docs/integrations.md and docs/distributed.md runs as printed."""
+"""The code in docs/integrations.md runs as printed."""
 
 import re
 from pathlib import Path
@@ -58,7 +58,9 @@ def test_plain_loop_runs_as_printed(text):
     before = [p.detach().clone() for p in names["model"].parameters()]
     exec(containing(text), names)
     counted = names["opt"].statistics()
-    assert counted["steps"] == BATCHES
+    # A scaler begins with a few steps that overflow, and skips them.
+    skipped = BATCHES - counted["steps"]
+    assert 0 <= skipped <= (3 if text == "GradScaler" else 0)
     assert counted["real_steps"] > 0
     for old, new in zip(before, names["model"].parameters(), strict=True):
         assert not torch.equal(old, new)

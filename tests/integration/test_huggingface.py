@@ -138,7 +138,9 @@ def test_checkpoint_of_the_trainer_resumes_exactly(stop, tmp_path):
     """From three neighboring steps, so that one of them lies in mid-Predict."""
     through = trainer_for(tmp_path / "a", steps=24)
     through.train()
-    first = trainer_for(tmp_path / "b", steps=24, save_strategy="steps", save_steps=stop)
+    first = trainer_for(
+        tmp_path / "b", steps=24, save_strategy="steps", save_steps=stop
+    )
     first.train()
     second = trainer_for(tmp_path / "c", steps=24)
     second.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{stop}"))

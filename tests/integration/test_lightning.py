@@ -123,7 +123,7 @@ def test_forward_can_be_kept_on_predicted_steps(tmp_path):
 
 
 def test_module_without_the_mixin_trains_on_real_steps_only(tmp_path):
-    """Lightning insists on its closure; gradients that it made win over a prediction."""
+    """Lightning insists on its closure; gradients that it made win."""
     plain, module = Module(enabled=False), Module()
     fit(plain, tmp_path)
     fit(module, tmp_path)
