@@ -50,7 +50,9 @@ def _pack(value: Any) -> msgspec.msgpack.Ext:
 
 def _unpack(code: int, data: memoryview) -> Tensor:
     if code != _TENSOR_CODE:
-        raise CheckpointError(f"hybrid state: unknown extension code {code}. {_WAY_OUT}")
+        raise CheckpointError(
+            f"hybrid state: unknown extension code {code}. {_WAY_OUT}"
+        )
     packed = msgspec.msgpack.decode(data, type=_PackedTensor)
     dtype = getattr(torch, packed.dtype, None)
     if not isinstance(dtype, torch.dtype):

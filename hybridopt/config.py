@@ -259,8 +259,9 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
     """Filtered-drift moves."""
     secant: SecantConfig = SecantConfig()
     """Secant moves."""
-    predictor: RSSM | MLP | Linear | Prior = RSSM()
-    """What refines the gains; a table with a ``type`` key in files."""
+    predictor: RSSM | MLP | Linear | Prior = Prior()
+    """What refines the gains; a table with a ``type`` key in files. The learned ones
+    have not yet earned their time (research notes), so none is on by default."""
     bandit: LinUCB | FixedHorizon = LinUCB()
     """What chooses the horizon."""
     divergence: DivergenceConfig = DivergenceConfig()
@@ -379,7 +380,9 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
                         "Use .toml or .json."
                     )
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"config file {path}: {error}. Mend the syntax.") from None
+            raise ConfigError(
+                f"config file {path}: {error}. Mend the syntax."
+            ) from None
         return cls.from_dict(values)
 
     def to_file(self, path: str | Path) -> None:

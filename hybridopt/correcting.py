@@ -42,7 +42,9 @@ def ideal(move: Move, observation: Observation) -> Tensor:
     fall = begin + observation.dots[:, STEP]  # sigma - sigma', with sigma' = -<g', s>
     reach = torch.where(fall > 0, begin / fall, torch.full_like(fall, LONGEST_REACH))
     reach = reach.nan_to_num(1.0).clamp(0.0, LONGEST_REACH)
-    made[:, STEP] = made[:, STEP] * torch.where(begin > 0, reach, torch.ones_like(reach))
+    made[:, STEP] = made[:, STEP] * torch.where(
+        begin > 0, reach, torch.ones_like(reach)
+    )
     return made
 
 

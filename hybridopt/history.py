@@ -50,7 +50,8 @@ class RunningMoments:
     @property
     def standard_error(self) -> float:
         """Standard error of ``mean`` for independent values:
-        std * sqrt((1 - rho) / (1 + rho)), once rho^n is small."""
+        std * sqrt((1 - rho) / (1 + rho)), once rho^n is small.
+        """
         rho = self.memory
         return self.std * math.sqrt((1 - rho) / (1 + rho))
 

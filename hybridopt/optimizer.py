@@ -314,7 +314,8 @@ class HybridPredictOptimizer(Optimizer):
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Inside: the noise-filtered weights (EMA). On exit: the training weights, bit
-        for bit. Without filtered drift (memory="low") the weights stay as they are."""
+        for bit. Without filtered drift (memory="low") the weights stay as they are.
+        """
         return self._run.space.averaged()
 
     def train_off(self) -> None:
@@ -399,7 +400,9 @@ class HybridPredictOptimizer(Optimizer):
             shown = {k: v for k, v in sorted(group.items()) if k not in _HIDDEN}
             lines = "".join(f"\n    {k}: {v}" for k, v in shown.items())
             groups.append(f"\nParameter Group {index}{lines}")
-        return f"{type(self).__name__}({type(self.base).__name__} ({''.join(groups)}\n))"
+        return (
+            f"{type(self).__name__}({type(self.base).__name__} ({''.join(groups)}\n))"
+        )
 
     # -- saving and restoring -------------------------------------------------------------
 

@@ -57,7 +57,9 @@ class Done:
     action: RecoveryAction = RecoveryAction.CONTINUE
 
 
-def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any]) -> Done:
+def real_step(
+    run: Run, loss: Tensor | float | None, step_base: Callable[[], Any]
+) -> Done:
     """Judge the gradient, step the base, then plan and start the move behind it.
 
     Gradients are in ``p.grad``. Anything not finite skips the step or takes the last
@@ -106,6 +108,9 @@ def real_step(run: Run, loss: Tensor | float | None, step_base: Callable[[], Any
             run.counters.secant_moves += 1
     elif newton.quiet:
         forecast, horizon, mover = _plan_move(run, observation, verdict)
+    if not run.controller.plan.runs_backward:
+        # Only a predicted step has to tell these gradients from fresh ones.
+        run.mark_consumed()
     return _done(run, observation, verdict, forecast, horizon, mover)
 
 
@@ -236,8 +241,10 @@ def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
     else:
         mean_loss, refused = reading.loss, False
     gradient_sq = local[:, 0]
-    norm = math.sqrt(float(gradient_sq.sum())) if bool(gradient_sq.isfinite().all()) else (
-        math.nan
+    norm = (
+        math.sqrt(float(gradient_sq.sum()))
+        if bool(gradient_sq.isfinite().all())
+        else (math.nan)
     )
     finite = math.isfinite(norm) and (not has_loss or math.isfinite(mean_loss))
     finite = finite and not refused
@@ -305,7 +312,6 @@ def _take_base_step(
     if not run.space.complete():
         run.space.allocate()
     run.keep_buffers()
-    run.mark_consumed()
 
 
 def _plan_move(

@@ -100,6 +100,9 @@ class Predictor(Protocol):
     ``forecast`` may be called; ``feedback`` once per finished cycle.
     """
 
+    moving: bool
+    """Whether moves may be made; set by the caller when warm-up is over."""
+
     def observe(self, observation: Observation) -> None:
         """Learn from one accepted real step. Changes only the predictor."""
 
@@ -136,7 +139,8 @@ class HorizonPolicy(Protocol):
 
     def choose(self, context: Sequence[float], longest: int) -> int:
         """Index of the arm to play; its horizon is at most ``longest``. Arm 0 always
-        qualifies. Deterministic; may count the pull."""
+        qualifies. Deterministic; may count the pull.
+        """
 
     def update(self, arm: int, context: Sequence[float], reward: float) -> None:
         """Learn the reward (progress per unit cost) of an arm in a context."""

@@ -100,7 +100,9 @@ class Run:
     """(L, 1) weights of local sums in the global ones."""
     enabled: bool
     counters: Counters = field(default_factory=Counters)
-    predictor_error: RunningMoments = field(default_factory=lambda: RunningMoments(0.95))
+    predictor_error: RunningMoments = field(
+        default_factory=lambda: RunningMoments(0.95)
+    )
     """|loss - expected| / |loss| of the loss forecasts."""
     last_step: StepRecord | None = None
     last_loss: float = float("nan")
@@ -281,7 +283,9 @@ class Run:
             "corrector": self.corrector.state_dict(),
             "secant": None if self.secant is None else self.secant.state_dict(),
             "noise": self.noise.state_dict(),
-            "counters": {k: getattr(counters, k) for k in Counters.__dataclass_fields__},
+            "counters": {
+                k: getattr(counters, k) for k in Counters.__dataclass_fields__
+            },
             "predictor_error": self.predictor_error.state_dict(),
             "last_loss": self.last_loss,
             "secant_loss": self.secant_loss,
@@ -377,7 +381,8 @@ def build_run(
         predictor=predictor,
         controller=Controller(config, policy),
         monitor=DivergenceMonitor(config, signals),
-        corrector=components.corrector or build_corrector(config.residual, config.memory_budget, config.seed),
+        corrector=components.corrector
+        or build_corrector(config.residual, config.memory_budget, config.seed),
         collective=collective,
         secant=_secant(config, parameters, collective),
         noise=NoiseMeter(config.secant),

@@ -35,7 +35,9 @@ def summarize(run: Run) -> dict[str, Any]:
     steps = counters.steps
     spent = counters.closure_s + counters.base_s + counters.bookkeeping_s
     cost = counters.backward_calls + FORWARD_COST * counters.validated_steps
-    values["backward_reduction"] = 1.0 - counters.backward_calls / steps if steps else 0.0
+    values["backward_reduction"] = (
+        1.0 - counters.backward_calls / steps if steps else 0.0
+    )
     values["bookkeeping_share"] = counters.bookkeeping_s / spent if spent else 0.0
     values["predictor_error"] = run.predictor_error.mean
     values["extra_bytes"] = run.space.extra_bytes()

@@ -14,6 +14,8 @@ BASES: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=3e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1),
+    # A rate so low that moves soon consume steps.
+    "adamw_slow": lambda p: torch.optim.AdamW(p, lr=2e-4),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "nadam": lambda p: torch.optim.NAdam(p, lr=3e-3),

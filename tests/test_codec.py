@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from hybridopt.codec import decode, encode
 from hybridopt.errors import CheckpointError, RecoveryAction
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text() | st.floats()
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text() | st.floats()
+)
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

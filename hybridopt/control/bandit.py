@@ -28,9 +28,15 @@ Rows = list[list[float]]
 
 
 def build_horizons(max_predict_steps: int) -> tuple[int, ...]:
-    """The arms 0, 1, 2, 4, ... and ``max_predict_steps`` itself, in steps."""
-    powers = (1 << k for k in range(max_predict_steps.bit_length()))
-    return tuple(sorted({0, max_predict_steps, *powers}))
+    """The arms 0, 1, 2, 3, 4, 6, 8, 12, ... and ``max_predict_steps``, in steps.
+
+    Two per octave: between powers of two alone, up to half of what a move is worth
+    would go unused.
+    """
+    powers = [1 << k for k in range(max_predict_steps.bit_length())]
+    between = [3 * p // 2 for p in powers if p > 1]
+    arms = {0, max_predict_steps, *powers, *between}
+    return tuple(sorted(h for h in arms if h <= max_predict_steps))
 
 
 def build_policy(

@@ -15,8 +15,17 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import HorizonPolicy
-from hybridopt.types import STEP, Forecast, Level, Mover, Observation, Outcome, Phase
-from hybridopt.types import Plan, Verdict
+from hybridopt.types import (
+    STEP,
+    Forecast,
+    Level,
+    Mover,
+    Observation,
+    Outcome,
+    Phase,
+    Plan,
+    Verdict,
+)
 
 __all__ = ["CONTEXT_SIZE", "Controller", "Move"]
 
@@ -26,7 +35,7 @@ CONTEXT_SIZE = 6
 FORWARD_COST = 1.0 / 3.0
 """Cost of a forward pass in real steps (a backward is 2/3)."""
 
-SLOW_WORTH_RATE = 0.05
+SLOW_WORTH_RATE = 0.07
 """Share per real step by which the consumable worth follows the forecast's bound."""
 
 IDLE_PROGRESS = 0.03
@@ -178,9 +187,7 @@ class Controller:
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
-        worth = float(
-            (forecast.coefficients[:, STEP] * slopes.clamp_min(0.0)).sum()
-        )
+        worth = float((forecast.coefficients[:, STEP] * slopes.clamp_min(0.0)).sum())
         self.move = Move(
             forecast.coefficients,
             rates,
@@ -204,7 +211,9 @@ class Controller:
         plan = self.plan
         position = plan.position + 1
         if position < plan.horizon:
-            self.plan = Plan(Phase.PREDICT, plan.mover, plan.horizon, position, plan.arm)
+            self.plan = Plan(
+                Phase.PREDICT, plan.mover, plan.horizon, position, plan.arm
+            )
             return
         interval = self.config.validation_interval
         due = bool(interval and self._since_validation >= interval) or self._caution
@@ -233,7 +242,10 @@ class Controller:
         At most the lower bound of the progress, so that a run of N scheduled steps
         keeps its schedule and its final loss.
         """
-        if verdict.level >= Level.WARNING or self._since_predict < self.config.full_steps:
+        if (
+            verdict.level >= Level.WARNING
+            or self._since_predict < self.config.full_steps
+        ):
             return 0
         if forecast.confidence < self.config.confidence_threshold:
             return 0

@@ -12,27 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
-from hybridopt.errors import ConfigError
 from hybridopt.protocols import Ops
+from hybridopt.weights.buckets import (
+    ANCHOR,
+    DRIFT_KEY,
+    KEYS,
+    LAG_KEY,
+    STEP_KEY,
+    WINDOW_KEY,
+    Bucket,
+    BucketTable,
+)
 from hybridopt.weights.local import local, shard_numel
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
-
-ANCHOR = "hybrid_anchor"
-STEP_KEY = "hybrid_step"
-LAG_KEY = "hybrid_lag"
-WINDOW_KEY = "hybrid_window"
-DRIFT_KEY = "hybrid_drift"
-KEYS = (ANCHOR, STEP_KEY, LAG_KEY, WINDOW_KEY, DRIFT_KEY)
-"""Keys in ``state[p]``; a fixed set, all there after the base's first step."""
 
 _MIB = 2.0**20
 
@@ -58,11 +58,11 @@ class WeightSpace:
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
         self._slopes: list[tuple[list[int], Tensor]] = []
-        self._buckets: list[_Bucket] | None = None
+        self._table = BucketTable(base)
 
     def refresh(self) -> None:
         """Look parameters, gradients and state up anew; call once per step."""
-        self._buckets = None
+        self._table.refresh()
 
     # -- what there is -------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class WeightSpace:
     @property
     def ready(self) -> bool:
         """Whether some parameter has its hybrid tensors."""
-        return any(self._tracked(p) for p in self.parameters())
+        return any(b.tracked for b in self._all())
 
     def extra_bytes(self) -> int:
         """Bytes that the hybrid tensors of this rank take on the device."""
@@ -96,7 +96,8 @@ class WeightSpace:
     def basis_dtype(self, parameter: Tensor) -> torch.dtype:
         """Precision of the directions: the parameter's own when they all fit into
         ``memory_budget`` that way, else bf16, which keeps anchor, step and lag at two
-        copies."""
+        copies.
+        """
         if parameter.dtype.itemsize <= 2 or self.low_memory:
             return parameter.dtype
         copies = 4 if self.drifts else 2
@@ -106,7 +107,8 @@ class WeightSpace:
     @property
     def drifts(self) -> bool:
         """Whether drift moves are made: their two directions, in bf16 if need be, fit
-        into ``memory_budget``."""
+        into ``memory_budget``.
+        """
         if not self._wants_drift:
             return False
         numbers = sum(shard_numel(p) for p in self.parameters())
@@ -136,11 +138,11 @@ class WeightSpace:
                 if self.drifts:
                     state[WINDOW_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
                     state[DRIFT_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
-        self.refresh()
+        self._table.forget()
 
     def complete(self) -> bool:
         """Whether every parameter that has a gradient has its hybrid tensors."""
-        return all(self._tracked(p) for p in self.parameters() if p.grad is not None)
+        return not any(b.gradients and not b.tracked for b in self._all())
 
     def forget(self) -> None:
         """Start over from the weights as they are: no displacement, no drift."""
@@ -172,6 +174,7 @@ class WeightSpace:
             offloaded = self.low_memory and not hasattr(p, "placements")
             if offloaded and ANCHOR in state and local(p).device.type != "cpu":
                 state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
+        self._table.forget()
 
     # -- one real step -------------------------------------------------------------
 
@@ -227,7 +230,7 @@ class WeightSpace:
         self.anchored = True
         self.moved = False
 
-    def _advance_low(self, bucket: _Bucket) -> Tensor:
+    def _advance_low(self, bucket: Bucket) -> Tensor:
         # s holds the weights before the base step; s <- theta - s in place.
         torch._foreach_neg_(bucket.steps)
         torch._foreach_add_(bucket.steps, bucket.parameters)
@@ -235,7 +238,7 @@ class WeightSpace:
         return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
 
     def turn_window(self) -> None:
-        """d <- D, D <- 0: the window's displacement becomes the drift direction."""
+        """D <- D, D <- 0: the window's displacement becomes the drift direction."""
         for bucket in self._tracked_buckets():
             if bucket.windows:
                 torch._foreach_copy_(bucket.drifts, bucket.windows)
@@ -290,7 +293,7 @@ class WeightSpace:
         return [found[row] for row in sorted(found)]
 
     def displacements(self) -> list[Tensor]:
-        """s of every tracked tensor, in row order; not copies."""
+        """S of every tracked tensor, in row order; not copies."""
         found: dict[int, Tensor] = {}
         for bucket in self._tracked_buckets():
             found.update(zip(bucket.rows, bucket.steps, strict=True))
@@ -330,7 +333,9 @@ class WeightSpace:
         kept = [[p.clone() for p in g.parameters] for g in groups]
         with torch.no_grad():
             for g in groups:
-                lags = [v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)]
+                lags = [
+                    v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)
+                ]
                 torch._foreach_sub_(g.parameters, lags)
         try:
             yield
@@ -363,67 +368,8 @@ class WeightSpace:
 
     # -- lists per device --------------------------------------------------------------
 
-    def _all(self) -> list[_Bucket]:
-        """Parameters by device, dtype, and whether they have gradient and state."""
-        if self._buckets is None:
-            state = self.base.state
-            found: dict[Any, _Bucket] = {}
-            for row, p in enumerate(self.parameters()):
-                tracked = self._tracked(p)
-                key = (p.device, p.dtype, tracked, p.grad is None)
-                bucket = found.get(key)
-                if bucket is None:
-                    bucket = found[key] = _Bucket(tracked)
-                bucket.add(row, p, state[p] if tracked else None)
-            self._buckets = list(found.values())
-        return self._buckets
+    def _all(self) -> list[Bucket]:
+        return self._table.current(self.parameters())
 
-    def _tracked_buckets(self) -> list[_Bucket]:
+    def _tracked_buckets(self) -> list[Bucket]:
         return [b for b in self._all() if b.tracked]
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Local tensors of parameters of one kind, for one kernel call."""
-
-    tracked: bool
-    rows: list[int] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    anchors: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    lags: list[Tensor] = field(default_factory=list)
-    windows: list[Tensor] = field(default_factory=list)
-    drifts: list[Tensor] = field(default_factory=list)
-
-    def add(self, row: int, parameter: Tensor, state: dict[str, Tensor] | None) -> None:
-        """Take in one parameter with its gradient and hybrid tensors."""
-        self.rows.append(row)
-        self.parameters.append(local(parameter))
-        if parameter.grad is not None:
-            self.gradients.append(_dense(parameter, row))
-        if state is not None:
-            self.anchors.append(local(state[ANCHOR]))
-            self.steps.append(local(state[STEP_KEY]))
-            if LAG_KEY in state:
-                self.lags.append(local(state[LAG_KEY]))
-            if DRIFT_KEY in state:
-                self.windows.append(local(state[WINDOW_KEY]))
-                self.drifts.append(local(state[DRIFT_KEY]))
-
-    @property
-    def basis(self) -> list[list[Tensor]]:
-        """The directions in column order: STEP, then DRIFT."""
-        return [part for part in (self.steps, self.drifts) if part]
-
-
-def _dense(parameter: Tensor, row: int) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse:
-        raise ConfigError(
-            f"gradient of parameter {row} (shape {tuple(parameter.shape)}): is sparse; "
-            "predicted moves need dense gradients. Use nn.Embedding(sparse=False), or "
-            "enabled=False."
-        )
-    return local(gradient)

@@ -23,12 +23,12 @@ from hybridopt.errors import CheckpointError, ConfigError
         (0, (0,)),
         (1, (0, 1)),
         (2, (0, 1, 2)),
-        (5, (0, 1, 2, 4, 5)),
-        (16, (0, 1, 2, 4, 8, 16)),
-        (17, (0, 1, 2, 4, 8, 16, 17)),
+        (5, (0, 1, 2, 3, 4, 5)),
+        (16, (0, 1, 2, 3, 4, 6, 8, 12, 16)),
+        (17, (0, 1, 2, 3, 4, 6, 8, 12, 16, 17)),
     ],
 )
-def test_build_horizons_doubles_up_to_the_longest(
+def test_build_horizons_has_two_arms_per_octave_up_to_the_longest(
     longest: int, expected: tuple[int, ...]
 ) -> None:
     assert build_horizons(longest) == expected

@@ -47,24 +47,26 @@ def _continue_from(problem, opt, steps, total, tmp_path, **build):
 @pytest.mark.parametrize("phase", list(Phase))
 def test_resume_in_every_phase_equals_uninterrupted(phase, tmp_path):
     problem = regression()
-    opt = _build(problem)
+    opt = _build(problem, "adamw_slow")
     for step in range(200):
         if opt.phase is phase and (phase is Phase.WARMUP or step > 20):
             break
         train(problem, opt, 1, start=step)
     assert opt.phase is phase
-    _continue_from(problem, opt, step, step + 60, tmp_path)
+    _continue_from(problem, opt, step, step + 60, tmp_path, name="adamw_slow")
 
 
 def test_resume_in_the_middle_of_predict_equals_uninterrupted(tmp_path):
     problem = regression()
-    opt = _build(problem)
+    opt = _build(problem, "adamw_slow")
     step = 0
-    while not 0 < opt.run.controller.plan.position < opt.run.controller.plan.horizon - 1:
+    while (
+        not 0 < opt.run.controller.plan.position < opt.run.controller.plan.horizon - 1
+    ):
         train(problem, opt, 1, start=step)
         step += 1
         assert step < 300
-    _continue_from(problem, opt, step, step + 60, tmp_path)
+    _continue_from(problem, opt, step, step + 60, tmp_path, name="adamw_slow")
 
 
 @pytest.mark.parametrize("name", PREDICTORS)

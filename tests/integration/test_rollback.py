@@ -231,7 +231,7 @@ def test_user_rng_is_untouched_by_predicted_steps():
 
 def test_validation_touches_neither_batch_norm_nor_rng():
     problem = regression(batch_norm=True)
-    opt = _build(problem, validation_interval=1)
+    opt = _build(problem, "adamw_slow", validation_interval=1)
     validated = 0
     for i in range(150):
         validates = opt.run.controller.plan.validates

@@ -44,7 +44,9 @@ def test_folded_moves_follow_the_formula():
 
 def test_horizon_consumes_steps_and_makes_the_whole_move():
     weight = _quadratic()
-    opt = _optimizer(weight, FixedPredictor(gain=2.0, progress=2.0), max_predict_steps=2)
+    opt = _optimizer(
+        weight, FixedPredictor(gain=2.0, progress=60.0), max_predict_steps=2
+    )
     phases = []
     for _ in range(12):
         phases.append(opt.phase)
@@ -66,7 +68,9 @@ def test_horizon_consumes_steps_and_makes_the_whole_move():
 
 def test_two_shares_of_a_move_equal_the_unrolled_sum():
     weight = _quadratic()
-    opt = _optimizer(weight, FixedPredictor(gain=2.0, progress=2.0), max_predict_steps=2)
+    opt = _optimizer(
+        weight, FixedPredictor(gain=2.0, progress=60.0), max_predict_steps=2
+    )
     while opt.phase is not Phase.PREDICT:
         opt.step(lambda: 0.5 * (weight**2).sum())
     step = opt.state[weight]["hybrid_step"].clone()
@@ -79,7 +83,9 @@ def test_two_shares_of_a_move_equal_the_unrolled_sum():
 
 def test_predicted_move_scales_with_the_learning_rate():
     weight = _quadratic()
-    opt = _optimizer(weight, FixedPredictor(gain=2.0, progress=2.0), max_predict_steps=2)
+    opt = _optimizer(
+        weight, FixedPredictor(gain=2.0, progress=60.0), max_predict_steps=2
+    )
     while opt.phase is not Phase.PREDICT:
         opt.step(lambda: 0.5 * (weight**2).sum())
     step, twin = opt.state[weight]["hybrid_step"].clone(), weight.detach().clone()
@@ -102,7 +108,9 @@ def test_no_move_is_made_while_the_scheduler_still_raises_the_rate():
     assert moved_at > 20
 
 
-@pytest.mark.parametrize(("progress", "longest"), [(0.9, 0), (1.0, 1), (5.7, 5), (99, 8)])
+@pytest.mark.parametrize(
+    ("progress", "longest"), [(0.9, 0), (1.2, 1), (5.7, 4), (99, 8)]
+)
 def test_a_horizon_never_consumes_more_than_the_progress_bound(progress, longest):
     weight = _quadratic()
     opt = _optimizer(
