@@ -45,6 +45,10 @@ class Options:
     """Whether the model goes through ``torch.compile``."""
     fixed: bool = False
     """Whether every step sees the same batch."""
+    fused: bool = False
+    """Whether the base is torch's fused AdamW, which skips bad steps on the device."""
+    batch: int | None = None
+    """Sequences per step; the size's own when None."""
 
 
 @dataclass
@@ -108,7 +112,7 @@ def build(name: str, device: str, *, options: Options) -> tuple[nn.Module, Any]:
         return model, loss
     size = SIZES[name]
     model = GPT(size).to(device)
-    shape = (count, size.batch, size.context + 1)
+    shape = (count, options.batch or size.batch, size.context + 1)
     batches = torch.randint(256, shape, device=device)
     called = torch.compile(model) if compiled else model
     return model, lambda: sequence_loss(called, batches[next(calls) % count])
@@ -118,7 +122,7 @@ def side(name: str, device: str, *, options: Options, wrap: Any = None) -> Side:
     """Build one copy; ``wrap`` turns base and model into a wrapped optimizer."""
     model, loss = build(name, device, options=options)
     # A conservative rate: the copies must stay finite for as long as they are timed.
-    base = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=options.fused)
     if wrap is not None:
         wrapped = wrap(base, model)
         return Side(model, wrapped, lambda: wrapped.step(loss))
@@ -264,11 +268,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compile", action="store_true", help="torch.compile the model"
     )
     parser.add_argument("--fixed", action="store_true", help="one batch: secant moves")
+    parser.add_argument("--fused", action="store_true", help="torch's fused AdamW")
+    parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    chosen = Options(options.pairs, options.block, options.compile, options.fixed)
+    chosen = Options(
+        options.pairs,
+        options.block,
+        options.compile,
+        options.fixed,
+        options.fused,
+        options.batch,
+    )
     found = []
     for name in options.models.split(","):
         figures = measure(name, options.device, chosen)

@@ -422,5 +422,5 @@ def _toml(values: dict[str, Any]) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A TOML scalar: JSON's, except that TOML has no surrogate pairs and escapes DEL."""
+    """A TOML scalar: JSON's, but TOML has no surrogate pairs and escapes DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""``HybridPredictOptimizer``: one ``step()`` from top to bottom, and the torch contract.
+"""``HybridPredictOptimizer``: one ``step()`` from top to bottom, torch's contract.
 
 A step reads the plan, runs the closure if the plan needs it, and hands over to the
 phase (``phases.py``), which judges, moves, and leaves the plan for the next step. All
@@ -101,14 +101,14 @@ class HybridPredictOptimizer(Optimizer):
             if base.state:
                 self._run.space.allocate()
 
-    # -- one training step ---------------------------------------------------------
+    # -- one training step --------------------------------------------------------
 
     # Decisions are host code: compiled around, not into. A compiled model inside the
     # closure stays compiled. Torch's own optimizers use the same lazy decorator;
     # ``torch.compiler.disable`` would import the compiler with this module.
     @_disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One training step, real or predicted.
 
         Args:
@@ -286,7 +286,7 @@ class HybridPredictOptimizer(Optimizer):
         if run.controller.plan.phase is not phase:
             events.phase_changed(record.step, phase, run.controller.plan.phase)
 
-    # -- what users ask --------------------------------------------------------------
+    # -- what users ask -----------------------------------------------------------
 
     @property
     def needs_backward(self) -> bool:
@@ -334,10 +334,10 @@ class HybridPredictOptimizer(Optimizer):
         """The parts behind this optimizer, for extensions and tests."""
         return self._run
 
-    # -- the base's containers ---------------------------------------------------------
+    # -- the base's containers ----------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's groups; a property, because a load replaces the list."""
         return self.base.param_groups
 
@@ -346,7 +346,7 @@ class HybridPredictOptimizer(Optimizer):
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's state."""
         return self.base.state
 
@@ -355,7 +355,7 @@ class HybridPredictOptimizer(Optimizer):
         self.base.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults, which schedulers read."""
         return self.base.defaults
 
@@ -404,7 +404,7 @@ class HybridPredictOptimizer(Optimizer):
             f"{type(self).__name__}({type(self.base).__name__} ({''.join(groups)}\n))"
         )
 
-    # -- saving and restoring -------------------------------------------------------------
+    # -- saving and restoring -----------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with the hybrid state inside; no key of its own.

@@ -1,8 +1,8 @@
 """The moves that a step can make, side by side.
 
 ``real_step`` serves Warmup, Full and the gradient form of Correct; ``predicted_step``
-is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back`` undoes.
-Each judges before any weight moves, and leaves the plan for the next step behind.
+is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back``
+undoes. Each judges before any weight moves, and leaves the plan for the next step.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
-# -- parts of a real step ----------------------------------------------------------------
+# -- parts of a real step --------------------------------------------------------
 
 
 def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:

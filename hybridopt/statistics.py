@@ -10,8 +10,8 @@ from hybridopt.run import Counters, Run
 __all__ = ["SPEEDUP_BASIS", "summarize"]
 
 SPEEDUP_BASIS = (
-    "scheduled steps over cost in real steps (forward 1/3, backward 2/3), assuming that "
-    "predicted steps made the progress they consumed; not a measured speedup"
+    "scheduled steps over cost in real steps (forward 1/3, backward 2/3), assuming "
+    "that predicted steps made the progress they consumed; not a measured speedup"
 )
 
 

@@ -9,7 +9,7 @@ import hybridopt
 
 PACKAGE = pathlib.Path(hybridopt.__file__).parent
 
-# A module imports only from rows above its own; rooms in one row are blind to each other.
+# A module imports only from rows above its own; rooms in a row are blind to each other.
 ROWS = [
     ["errors", "types"],
     ["config", "protocols", "history", "codec", "closure", "hooks"],

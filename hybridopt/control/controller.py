@@ -105,7 +105,7 @@ class Controller:
         """This real step's learning rate over the previous one's; 1 at first."""
         return rate / self._last_rate if self._last_rate > 0 else 1.0
 
-    # -- measuring the move behind the last real step -----------------------------------
+    # -- measuring the move behind the last real step -----------------------------
 
     def outcome(self, observation: Observation, rolled_back: bool) -> Outcome | None:
         """How the last move turned out, by the trapezoid rule on its two gradients.
@@ -140,7 +140,7 @@ class Controller:
         self.policy.update(outcome.arm, self.move.context, reward)
         self.move = None
 
-    # -- planning ------------------------------------------------------------------------
+    # -- planning -----------------------------------------------------------------
 
     def advance_real(self, observation: Observation) -> None:
         """Count an accepted real step and end warm-up when it is over.
@@ -271,7 +271,7 @@ class Controller:
             self._sleep_length = min(2 * self._sleep_length, LONGEST_SLEEP_STEPS)
 
     def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
-        """Bias, confidence, log progress and its bound, log lr ratio, mean alignment."""
+        """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
         alignment = observation.alignment[:, STEP]
         mean = float(alignment.mean()) if alignment.numel() else 0.0
         values = [
@@ -284,7 +284,7 @@ class Controller:
         ]
         return [v if math.isfinite(v) else 0.0 for v in values]
 
-    # -- state -----------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------
 
     _SCALARS = (
         "real_steps",

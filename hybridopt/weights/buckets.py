@@ -121,8 +121,8 @@ class BucketTable:
             return self._buckets
         state = self._base.state
         present = [p.grad is not None for p in parameters]
-        # ``in`` first: reading the state of an unknown parameter would insert it.
-        states = [state[p] if p in state else None for p in parameters]
+        # ``get``, because indexing would insert the state of an unknown parameter.
+        states = [state.get(p) for p in parameters]
         if not self._valid(parameters, present, states):
             self._build(parameters, present, states)
         for bucket in self._buckets:

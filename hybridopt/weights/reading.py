@@ -76,7 +76,7 @@ class PendingReading:
                 continue
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             target.copy_(tensor, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(tensor.device))
             self._events.append(event)
             self._host.append(target)

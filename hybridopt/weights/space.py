@@ -1,11 +1,11 @@
 """Weight space: the only room, besides the base optimizer, that writes parameters.
 
-A few tensors per parameter, kept in the base's own ``state[p]`` so that they follow the
-parameters through every checkpoint: the *anchor* (weights after the last real step, what
-a rollback restores), the *step* s (the base's last displacement), the *lag* v = theta -
-ema(theta), and, where drift moves fit into memory, the *window* D (the EMA's displacement
-since the window began) and the *drift* d (that of the window before). A predicted move
-shifts weights and EMA alike, so none of them changes with it.
+A few tensors per parameter, kept in the base's own ``state[p]`` so that they follow
+the parameters through every checkpoint: the *anchor* (weights after the last real step,
+what a rollback restores), the *step* s (the base's last displacement), the *lag* v =
+theta - ema(theta), and, where drift moves fit into memory, the *window* D (the EMA's
+displacement since the window began) and the *drift* d (that of the window before). A
+predicted move shifts weights and EMA alike, so none of them changes with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rollback gives weights, buffers and base state back bit for bit; NaN gets nowhere."""
+"""A rollback gives everything back bit for bit; NaN gets nowhere."""
 
 import copy
 import random

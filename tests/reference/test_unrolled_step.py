@@ -1,4 +1,4 @@
-"""The optimizer against a literal twin: every iterate written out with plain tensors."""
+"""The optimizer against a literal twin, every iterate written out."""
 
 import pytest
 import torch
