@@ -90,7 +90,8 @@ def correct_weights(run: Run) -> None:
     """Add the low-rank correction of one predicted step to the weights."""
     if not _keeps_factors(run):
         return
-    correction = run.corrector.weight_correction()  # type: ignore[attr-defined]
+    like = run.space.displacements()
+    correction = run.corrector.weight_correction(like)  # type: ignore[attr-defined]
     if correction is not None:
         run.space.add(correction)
 

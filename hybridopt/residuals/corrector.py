@@ -183,11 +183,14 @@ class SimilarityCorrector:
             )
         return True
 
-    def weight_correction(self) -> list[Tensor] | None:
+    def weight_correction(self, like: Sequence[Tensor]) -> list[Tensor] | None:
         """What to add to the next prediction in weight space, per tensor, float32.
 
+        ``like`` has the tensors' shapes: factors from a checkpoint are made by them.
         None while no residual is kept; zeros for vectors and while trust is 0.
         """
+        if self.factors is None and self._factors_state is not None:
+            self.factors = self._build_factors(like)
         if self.factors is None:
             return None
         trust = float(self.weight_trust.weights)

@@ -45,7 +45,7 @@ def live(policy: HorizonPolicy, seed: int, count: int = 60) -> list[int]:
 def test_policy_satisfies_the_protocol(name: str) -> None:
     policy = POLICIES[name](16)
     assert isinstance(policy, HorizonPolicy)
-    assert policy.horizons == (0, 1, 2, 4, 8, 16)
+    assert policy.horizons == (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,7 +78,7 @@ def test_policy_untried_prefers_the_longest(name: str) -> None:
     policy = POLICIES[name](16)
     context = [1.0, 0.5, -0.3, 0.2]
     assert policy.horizons[policy.choose(context, 16)] == 16
-    assert policy.horizons[policy.choose(context, 7)] == 4
+    assert policy.horizons[policy.choose(context, 7)] == 6
 
 
 def test_policy_state_continues_exactly(name: str) -> None:

@@ -55,10 +55,11 @@ def test_build_predictor_gives_prior_for_prior():
 
 
 def test_build_predictor_takes_the_seed_of_the_configuration():
-    config = HybridConfig(seed=3)
+    config = HybridConfig(seed=3, predictor=RSSM())
+    plain = HybridConfig(predictor=RSSM())
     own = build_predictor(config, SIZES, NDIMS).state_dict()["model"]["network"]
-    given = build_predictor(HybridConfig(), SIZES, NDIMS, 3).state_dict()
-    other = build_predictor(HybridConfig(), SIZES, NDIMS).state_dict()
+    given = build_predictor(plain, SIZES, NDIMS, 3).state_dict()
+    other = build_predictor(plain, SIZES, NDIMS).state_dict()
     assert torch.equal(own["adam"], given["model"]["network"]["adam"])
     assert not torch.equal(own["adam"], other["model"]["network"]["adam"])
 
@@ -244,7 +245,8 @@ def test_predictor_ignores_the_default_dtype():
 
 def test_many_tensors_keep_the_ring_small():
     size = 150
-    made = build_predictor(HybridConfig(), [10] * size, [2] * size)
+    config = HybridConfig(predictor=RSSM())
+    made = build_predictor(config, [10] * size, [2] * size)
     for i in range(20):
         flat = torch.full((size, 2), 0.1, dtype=torch.float64)
         made.observe(observation(i, flat))

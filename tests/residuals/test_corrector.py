@@ -199,10 +199,10 @@ def weights_bias(seed: int = 0) -> list[Tensor]:
 
 def test_corrector_learns_a_constant_bias_in_weight_space() -> None:
     one, bias = corrector(rank=2), weights_bias()
-    assert one.weight_correction() is None
+    assert one.weight_correction(LIKE) is None
     for _ in range(12):
         assert one.update_weights(bias)
-    correction = one.weight_correction()
+    correction = one.weight_correction(LIKE)
     assert correction is not None
     for part, truth in zip(correction, bias, strict=True):
         if truth.ndim == 2:
@@ -217,7 +217,7 @@ def test_corrector_distrusts_noise_in_weight_space() -> None:
     for _ in range(60):
         noise = [torch.randn(t.shape, generator=g) for t in LIKE]
         one.update_weights(noise)
-    correction = one.weight_correction()
+    correction = one.weight_correction(LIKE)
     assert correction is not None
     assert float(correction[0].norm()) < 0.1 * float(noise[0].norm())
 
@@ -281,11 +281,13 @@ def test_corrector_resumes_weight_factors_bit_for_bit(seen: bool) -> None:
     again = corrector(rank=2)
     again.load_state_dict(copy.deepcopy(other.state_dict()))
     for candidate in (one, other, again):
+        # Before any weights were seen, a checkpoint is all there is to go by.
+        assert candidate.weight_correction(LIKE) is not None
         candidate.update_weights(weights_bias(5))
     for candidate in (other, again):
         pairs = zip(
-            one.weight_correction() or [],
-            candidate.weight_correction() or [],
+            one.weight_correction(LIKE) or [],
+            candidate.weight_correction(LIKE) or [],
             strict=True,
         )
         assert all(torch.equal(a, b) for a, b in pairs)
