@@ -35,9 +35,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
 PRESETS = {
     "tiny": Preset(
         model=ModelConfig(layers=4, heads=4, width=96, context=128),
-        batch_size=8,
+        batch_size=16,
         steps=400,
-        checkpoint_steps=800,
+        checkpoint_steps=500,
         tuned_rate=3e-3,
         warmup_steps=40,
         validation_batches=12,
