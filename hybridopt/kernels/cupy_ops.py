@@ -71,7 +71,6 @@ class CupyOps:
         """Copies and pickles are built anew: compiled kernels belong to a process."""
         return (CupyOps, (self.device,))
 
-    @torch.no_grad()
     def observe(
         self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
     ) -> Tensor:
@@ -92,15 +91,12 @@ class CupyOps:
             if table is None:
                 return self._reference.observe(gradients, basis)
             partials = run.floats(table.layout.chunks * width)
-            for group in table.layout.groups:
-                grad, *rest = group.formats
-                variant = ((grad, grad, rest[0] if rest else grad), count)
-                run.sweep("observe", table, group, variant, partials.data_ptr())
+            roles = (0, 0, 1 if count else 0)
+            run.sweep("observe", table, roles, (count,), partials.data_ptr())
             result = run.floats(len(gradients), width)
             run.total(table, partials, width, result)
         return result
 
-    @torch.no_grad()
     def advance(
         self,
         parameters: Sequence[Tensor],
@@ -127,16 +123,13 @@ class CupyOps:
                     parameters, gradients, anchor, step, lag, beta
                 )
             partials = run.floats(table.layout.chunks * 3)
-            for group in table.layout.groups:
-                variant = ((group.formats[0], group.formats[1], group.formats[3]), 0)
-                share = run.number(beta)
-                run.sweep("advance", table, group, variant, partials.data_ptr(), share)
+            args = (partials.data_ptr(), run.number(beta))
+            run.sweep("advance", table, (0, 1, 3), (0,), *args)
             result = run.floats(len(parameters), 3)
             run.total(table, partials, 3, result)
         _mark_written(step, lag, anchor)
         return result
 
-    @torch.no_grad()
     def apply(
         self,
         parameters: Sequence[Tensor],
@@ -168,20 +161,15 @@ class CupyOps:
             result = run.floats(len(parameters) + 1)
             flag = result.data_ptr() + 4 * len(parameters)
 
-            def sweep(name: str, target: int) -> None:
-                for group in table.layout.groups:
-                    param, *rest = group.formats
-                    variant = ((param, param, rest[0] if rest else param), count)
-                    args = (target, factors.data_ptr(), share)
-                    run.sweep(f"apply.{name}", table, group, variant, *args)
-
-            sweep("judge", partials.data_ptr())
+            roles, variant = (0, 0, 1 if count else 0), (count,)
+            args = (factors.data_ptr(), share)
+            judged = partials.data_ptr()
+            run.sweep("apply.judge", table, roles, variant, judged, *args)
             run.verdict(table, partials, result)
-            sweep("commit", flag)
+            run.sweep("apply.commit", table, roles, variant, flag, *args)
         _mark_written(parameters)
         return result
 
-    @torch.no_grad()
     def copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """target_l <- source_l for all l, bit for bit when the dtypes agree.
 
@@ -193,12 +181,9 @@ class CupyOps:
             if table is None:
                 self._reference.copy(source, target)
                 return
-            for group in table.layout.groups:
-                variant = ((group.formats[0], group.formats[0], group.formats[1]), 0)
-                run.sweep("copy", table, group, variant)
+            run.sweep("copy", table, (0, 0, 1), (0,))
         _mark_written(target)
 
-    @torch.no_grad()
     def base_move(
         self, tensors: BaseTensors, step: BaseStep, coefficients: Tensor, scale: float
     ) -> bool:
@@ -218,11 +203,9 @@ class CupyOps:
                 return False
             factors = run.factors(coefficients)
             numbers = [run.number(x) for x in (scale, *step.numbers())]
-            for group in table.layout.groups:
-                param, grad = group.formats[:2]
-                basis = group.formats[start] if count else param
-                variant = ((param, grad, basis), count, isinstance(step, AdamWStep))
-                run.sweep("base", table, group, variant, factors.data_ptr(), *numbers)
+            roles = (0, 1, start if count else 0)
+            variant = (count, isinstance(step, AdamWStep))
+            run.sweep("base", table, roles, variant, factors.data_ptr(), *numbers)
         _mark_written(tensors.parameters, *moments)
         return True
 
@@ -234,4 +217,5 @@ def _alike(start: int, count: int) -> tuple[tuple[int, int], ...]:
 
 def _mark_written(*lists: Sequence[Tensor]) -> None:
     """Bump version counters: autograd does not see what a raw kernel writes."""
-    torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)

@@ -5,25 +5,38 @@ CuPy is handed in, so that ``cupy_ops`` stays its only importer.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridopt.kernels.compilation import kernel_options, kernel_source
-from hybridopt.kernels.layout import Group, Layout, build_layout
+from hybridopt.kernels.layout import Layout, build_layout
+from hybridopt.kernels.recent import Fingerprints, Recent
 
 __all__ = ["Launcher", "Table"]
 
 _THREADS = 256
 _FILL_WORDS = 440
 """Table words per ``fill`` launch: what fits into 4 KiB of kernel arguments."""
-_TABLES = 64
-"""Tables kept; a training loop uses a few, one per set of addresses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel with what stays the same at every call with one table."""
+
+    kernel: Any
+    grid: tuple[int]
+    block: tuple[int]
+    head: tuple[int, ...]
+    """First arguments."""
+
+    def __call__(self, *args: Any) -> None:
+        """Launch on CuPy's current stream."""
+        self.kernel(self.grid, self.block, (*self.head, *args))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,8 @@ class Table:
     layout: Layout
     words: Tensor
     owner: Tensor
+    launches: dict[Any, tuple[Launch, ...]] = field(default_factory=dict)
+    """What was launched with this table, by kernel and variant."""
 
     def head(self) -> tuple[int, ...]:
         """What ``own``, ``total`` and ``verdict`` take first."""
@@ -60,19 +75,22 @@ class Launcher:
         self.device = device
         self.chunk_size: int | None = None
         """Weights per chunk; None: by the size of the call."""
-        self._tables: OrderedDict[Any, Table] = OrderedDict()
+        self._tables: Recent[Table] = Recent()
+        self._prints = Fingerprints()
         self._kernels: dict[Any, Any] = {}
         self._streams: dict[int, Any] = {}
 
     @contextmanager
     def on_stream(self) -> Iterator[int]:
         """Make torch's device and stream CuPy's too; yields the stream's address."""
+        if torch.cuda.current_device() == self.device.index:
+            pointer = torch.cuda.current_stream().cuda_stream
+            with self._stream(pointer):
+                yield pointer
+            return
         with torch.cuda.device(self.device):
-            pointer = torch.cuda.current_stream(self.device).cuda_stream
-            stream = self._streams.get(pointer)
-            if stream is None:
-                stream = self._streams[pointer] = self._wrap(pointer)
-            with stream:
+            pointer = torch.cuda.current_stream().cuda_stream
+            with self._stream(pointer):
                 yield pointer
 
     def capturing(self) -> bool:
@@ -110,53 +128,76 @@ class Launcher:
         """
         if self.capturing():
             return self._build(lists, same)
-        prints = [_fingerprint(tensors) for tensors in lists]
-        key = (stream, self.chunk_size, tuple(same), *prints)
+        numbers = [self._prints.number(tensors) for tensors in lists]
+        if None in numbers:
+            return self._build(lists, same)
+        key = (stream, self.chunk_size, tuple(same), *numbers)
         table = self._tables.get(key)
         if table is None:
             table = self._build(lists, same)
-            # Strides are not part of a fingerprint, so only contiguous calls are kept.
-            if table is not None and all(p[-1] for p in prints):
-                self._tables[key] = table
-                if len(self._tables) > _TABLES:
-                    self._tables.popitem(last=False)
-        else:
-            self._tables.move_to_end(key)
+            if table is not None:
+                self._tables.put(key, table)
         return table
 
     def sweep(
-        self, name: str, table: Table, group: Group, variant: Sequence[Any], *args: Any
+        self,
+        name: str,
+        table: Table,
+        roles: Sequence[int],
+        variant: tuple[Any, ...],
+        *args: Any,
     ) -> None:
-        """Launch a kernel over one group's chunks.
+        """Launch a kernel over all chunks: once per group.
 
         Args:
             name: ``file`` or ``file.kernel``.
             table: Its words, owners and chunk size go first in the arguments.
-            group: Chunks to cover.
-            variant: Arguments of ``kernel_options`` behind the name.
+            roles: Operands that give weights, gradients and directions their formats.
+            variant: Arguments of ``kernel_options`` behind the formats.
             args: The kernel's own further arguments.
         """
-        layout = table.layout
-        head = (
-            table.words.data_ptr(),
-            layout.tensors,
-            table.owner.data_ptr(),
-            group.first_chunk,
-            layout.chunk_size,
-        )
-        kernel = self._kernel(name, tuple(variant))
-        kernel((group.chunks,), (_THREADS,), (*head, *args))
+        launches = table.launches.get((name, variant))
+        if launches is None:
+            launches = self._sweeps(name, table, roles, variant)
+            table.launches[name, variant] = launches
+        for launch in launches:
+            launch(*args)
 
     def total(self, table: Table, partials: Tensor, width: int, result: Tensor) -> None:
         """Add up the partial sums of each tensor's chunks into its row."""
-        args = (*table.head(), partials.data_ptr(), width, result.data_ptr())
         if table.layout.tensors:
-            self._plan("total")((table.layout.tensors,), (_THREADS,), args)
+            launch = self._summary("total", table, table.layout.tensors, _THREADS)
+            launch(partials.data_ptr(), width, result.data_ptr())
 
     def verdict(self, table: Table, partials: Tensor, result: Tensor) -> None:
         """Norms per tensor and the flag behind them, from what ``judge`` found."""
-        args = (*table.head(), partials.data_ptr(), result.data_ptr())
-        self._plan("verdict")((table.layout.tensors + 1,), (1024,), args)
+        launch = self._summary("verdict", table, table.layout.tensors + 1, 1024)
+        launch(partials.data_ptr(), result.data_ptr())
+
+    def _sweeps(
+        self,
+        name: str,
+        table: Table,
+        roles: Sequence[int],
+        variant: tuple[Any, ...],
+    ) -> tuple[Launch, ...]:
+        layout = table.layout
+        words, owner = table.words.data_ptr(), table.owner.data_ptr()
+        launches = []
+        for group in layout.groups:
+            formats = tuple(group.formats[role] for role in roles)
+            head = (words, layout.tensors, owner, group.first_chunk, layout.chunk_size)
+            kernel = self._kernel(name, (formats, *variant))
+            launches.append(Launch(kernel, (group.chunks,), (_THREADS,), head))
+        return tuple(launches)
+
+    def _summary(self, name: str, table: Table, blocks: int, threads: int) -> Launch:
+        found = table.launches.get(name)
+        if found is None:
+            kernel = self._plan(name)
+            found = (Launch(kernel, (blocks,), (threads,), table.head()),)
+            table.launches[name] = found
+        return found[0]
 
     def _build(
         self, lists: Sequence[Sequence[Tensor]], same: Sequence[tuple[int, int]]
@@ -201,6 +242,13 @@ class Launcher:
             self._kernels[name, variant] = kernel
         return kernel
 
+    def _stream(self, pointer: int) -> Any:
+        """CuPy's name for a stream of torch's."""
+        stream = self._streams.get(pointer)
+        if stream is None:
+            stream = self._streams[pointer] = self._wrap(pointer)
+        return stream
+
     def _wrap(self, pointer: int) -> Any:
         cuda = self._cupy.cuda
         if pointer == 0:
@@ -208,13 +256,3 @@ class Launcher:
         if hasattr(cuda.Stream, "from_external"):
             return cuda.Stream.from_external(_StreamPointer(pointer))
         return cuda.ExternalStream(pointer, self.device.index)
-
-
-def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a table depends on: addresses, sizes, formats, and whether contiguous."""
-    return (
-        tuple(map(Tensor.data_ptr, tensors)),
-        tuple(map(Tensor.numel, tensors)),
-        tuple([t.dtype for t in tensors]),
-        all(map(Tensor.is_contiguous, tensors)),
-    )

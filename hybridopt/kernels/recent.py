@@ -1,0 +1,87 @@
+"""What a launcher remembers from call to call: tables, and tensors it has looked at.
+
+Looking at every operand of every call would cost more host time than the launches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from itertools import count
+from operator import is_
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+__all__ = ["Fingerprints", "Recent"]
+
+_KEPT = 64
+"""Entries kept; a training loop uses a few, one per set of addresses."""
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """A dictionary that forgets what was not asked for longest."""
+
+    def __init__(self, size: int = _KEPT) -> None:
+        self._size = size
+        self._held: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value kept for a key, or None."""
+        value = self._held.get(key)
+        if value is not None:
+            self._held.move_to_end(key)
+        return value
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Keep a value, at the cost of the oldest one if there are too many."""
+        self._held[key] = value
+        self._held.move_to_end(key)
+        if len(self._held) > self._size:
+            self._held.popitem(last=False)
+
+
+class Fingerprints:
+    """Numbers lists of tensors: same number, same addresses, sizes and formats.
+
+    Addresses are read at every call. Sizes, formats and strides are read only when one
+    of the tensors is another object than at the last call with these addresses: memory
+    that was freed and given out again belongs to another tensor. Tensors are referred
+    to weakly, so that none outlives its owner here. What goes unnoticed is a tensor
+    whose ``data`` was replaced by another view that starts at the same address.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Recent[tuple[list[weakref.ref[Tensor]], int]] = Recent()
+        self._numbers: Recent[int] = Recent()
+        self._next = count(1)
+
+    def number(self, tensors: Sequence[Tensor]) -> int | None:
+        """The number of a list, or None if not all of its tensors are contiguous."""
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        seen = self._seen.get(addresses)
+        if seen is not None:
+            references, number = seen
+            if all(map(is_, tensors, [r() for r in references])):
+                return number
+        return self._inspect(addresses, tensors)
+
+    def _inspect(
+        self, addresses: tuple[int, ...], tensors: Sequence[Tensor]
+    ) -> int | None:
+        if not all(map(Tensor.is_contiguous, tensors)):
+            return None
+        sizes = tuple(map(Tensor.numel, tensors))
+        key = (addresses, sizes, tuple([t.dtype for t in tensors]))
+        number = self._numbers.get(key)
+        if number is None:
+            number = next(self._next)
+            self._numbers.put(key, number)
+        self._seen.put(addresses, (list(map(weakref.ref, tensors)), number))
+        return number
