@@ -21,7 +21,7 @@ def test_public_names_are_the_promised_ones_and_resolve():
 
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="nonsense"):
-        hybridopt.nonsense  # noqa: B018
+        hybridopt.nonsense
 
 
 def test_package_example_runs():

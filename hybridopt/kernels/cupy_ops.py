@@ -159,11 +159,9 @@ class CupyOps:
             factors, share = run.factors(coefficients), run.number(scale)
             partials = run.floats(table.layout.chunks * 2)
             result = run.floats(len(parameters) + 1)
-            flag = result.data_ptr() + 4 * len(parameters)
-
+            judged, flag = partials.data_ptr(), result.data_ptr() + 4 * len(parameters)
             roles, variant = (0, 0, 1 if count else 0), (count,)
             args = (factors.data_ptr(), share)
-            judged = partials.data_ptr()
             run.sweep("apply.judge", table, roles, variant, judged, *args)
             run.verdict(table, partials, result)
             run.sweep("apply.commit", table, roles, variant, flag, *args)

@@ -6,7 +6,7 @@ CuPy is handed in, so that ``cupy_ops`` stays its only importer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +83,13 @@ class Launcher:
     @contextmanager
     def on_stream(self) -> Iterator[int]:
         """Make torch's device and stream CuPy's too; yields the stream's address."""
-        if torch.cuda.current_device() == self.device.index:
+        current = torch.cuda.current_device() == self.device.index
+        with nullcontext() if current else torch.cuda.device(self.device):
             pointer = torch.cuda.current_stream().cuda_stream
-            with self._stream(pointer):
-                yield pointer
-            return
-        with torch.cuda.device(self.device):
-            pointer = torch.cuda.current_stream().cuda_stream
-            with self._stream(pointer):
+            stream = self._streams.get(pointer)
+            if stream is None:
+                stream = self._streams[pointer] = self._wrap(pointer)
+            with stream:
                 yield pointer
 
     def capturing(self) -> bool:
@@ -107,7 +106,11 @@ class Launcher:
 
     def factors(self, coefficients: Tensor) -> Tensor:
         """Coefficients as the kernels read them: contiguous float32 on the device."""
-        return coefficients.detach().to(self.device, torch.float32).contiguous()
+        plain = coefficients.detach().to(torch.float32).contiguous()
+        if plain.device.type == "cpu" and self.device.type == "cuda":
+            # From pageable memory the copy would wait for everything queued before.
+            return plain.pin_memory().to(self.device, non_blocking=True)
+        return plain.to(self.device)
 
     def table(
         self,
@@ -241,13 +244,6 @@ class Launcher:
             kernel = module.get_function(function or file)
             self._kernels[name, variant] = kernel
         return kernel
-
-    def _stream(self, pointer: int) -> Any:
-        """CuPy's name for a stream of torch's."""
-        stream = self._streams.get(pointer)
-        if stream is None:
-            stream = self._streams[pointer] = self._wrap(pointer)
-        return stream
 
     def _wrap(self, pointer: int) -> Any:
         cuda = self._cupy.cuda

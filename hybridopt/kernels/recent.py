@@ -5,13 +5,15 @@ Looking at every operand of every call would cost more host time than the launch
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from operator import is_
+from operator import call, is_
 from typing import Generic, TypeVar
+from weakref import ref
 
+import torch
 from torch import Tensor
 
 __all__ = ["Fingerprints", "Recent"]
@@ -47,6 +49,16 @@ class Recent(Generic[Value]):
             self._held.popitem(last=False)
 
 
+@dataclass(slots=True)
+class _Seen:
+    """The tensors last seen at some addresses."""
+
+    references: list[ref[Tensor]]
+    sizes: list[int]
+    formats: list[torch.dtype]
+    number: int
+
+
 class Fingerprints:
     """Numbers lists of tensors: same number, same addresses, sizes and formats.
 
@@ -58,7 +70,7 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self._seen: Recent[tuple[list[weakref.ref[Tensor]], int]] = Recent()
+        self._seen: Recent[_Seen] = Recent()
         self._numbers: Recent[int] = Recent()
         self._next = count(1)
 
@@ -66,22 +78,27 @@ class Fingerprints:
         """The number of a list, or None if not all of its tensors are contiguous."""
         addresses = tuple(map(Tensor.data_ptr, tensors))
         seen = self._seen.get(addresses)
-        if seen is not None:
-            references, number = seen
-            if all(map(is_, tensors, [r() for r in references])):
-                return number
-        return self._inspect(addresses, tensors)
+        if seen is None:
+            return self._inspect(addresses, tensors, None)
+        if all(map(is_, tensors, map(call, seen.references))):
+            return seen.number
+        return self._inspect(addresses, tensors, seen)
 
     def _inspect(
-        self, addresses: tuple[int, ...], tensors: Sequence[Tensor]
+        self, addresses: tuple[int, ...], tensors: Sequence[Tensor], seen: _Seen | None
     ) -> int | None:
         if not all(map(Tensor.is_contiguous, tensors)):
             return None
-        sizes = tuple(map(Tensor.numel, tensors))
-        key = (addresses, sizes, tuple([t.dtype for t in tensors]))
+        sizes = list(map(Tensor.numel, tensors))
+        formats = [t.dtype for t in tensors]
+        if seen is not None and sizes == seen.sizes and formats == seen.formats:
+            seen.references = list(map(ref, tensors))
+            return seen.number
+        key = (addresses, tuple(sizes), tuple(formats))
         number = self._numbers.get(key)
         if number is None:
             number = next(self._next)
             self._numbers.put(key, number)
-        self._seen.put(addresses, (list(map(weakref.ref, tensors)), number))
+        references = list(map(ref, tensors))
+        self._seen.put(addresses, _Seen(references, sizes, formats, number))
         return number
