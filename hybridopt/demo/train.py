@@ -252,12 +252,12 @@ class TrainingRun:
     def finish(self) -> Arm:
         """Close the optimizer and hand over everything that was measured."""
         statistics: dict[str, Any] = {}
+        # The hybrid tensors live in the same state, so this counts them too.
         state_bytes = tensor_bytes(self.optimizer.state.values())
         gains = None
         if self.hybrid is not None:
             self.hybrid.close()
             statistics = self.hybrid.statistics()
-            state_bytes += int(statistics["extra_bytes"])
             if self._gains:
                 names = tuple(name for name, _ in self.model.named_parameters())
                 gains = GainHistory(names, tuple(self._gain_steps), tuple(self._gains))
