@@ -116,6 +116,10 @@ def summary_rows(comparison: Comparison) -> list[Row]:
         row("moves inside real steps", lambda arm: _counted(arm, folded_moves)),
         row("rolled-back steps", lambda arm: _counted(arm, rolled_back_steps)),
         row("bookkeeping share of wall time", _share),
+        row(
+            "bookkeeping per scheduled step (share of a bare step)",
+            lambda arm: _per_bare_step(arm, comparison.bare),
+        ),
         row("optimizer memory beyond the weights", lambda arm: _bytes(arm.state_bytes)),
     ]
 
@@ -123,6 +127,18 @@ def summary_rows(comparison: Comparison) -> list[Row]:
 def _share(arm: Arm) -> str:
     share = arm.bookkeeping_share
     return MISSING if share is None else f"{share:.1%}"
+
+
+def _per_bare_step(arm: Arm, bare: Arm) -> str:
+    """Own work per scheduled step in units of what a bare step takes.
+
+    The share of an arm's own wall time grows as its backwards vanish; this one does not.
+    """
+    share = arm.bookkeeping_share
+    if share is None or not bare.wall_s or not arm.scheduled_steps:
+        return MISSING
+    own = share * arm.wall_s / arm.scheduled_steps
+    return f"{own / (bare.wall_s / bare.scheduled_steps):.1%}"
 
 
 def seed_rows(comparisons: Sequence[Comparison]) -> list[Row]:

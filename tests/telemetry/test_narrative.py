@@ -94,3 +94,12 @@ def test_table_columns_are_aligned():
     lines = format_table(summary_rows(comparison()))
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["bare", "hybrid", "shortened"]
+
+
+def test_bookkeeping_is_also_given_in_units_of_a_bare_step():
+    runs = comparison()
+    values = cells(runs)["bookkeeping per scheduled step (share of a bare step)"]
+    own = runs.hybrid.bookkeeping_share * runs.hybrid.wall_s
+    own /= runs.hybrid.scheduled_steps
+    bare = runs.bare.wall_s / runs.bare.scheduled_steps
+    assert f"{own / bare:.1%}" in values
