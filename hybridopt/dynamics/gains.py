@@ -20,6 +20,8 @@ there is no evidence, however steady."""
 DRIFT_MEMORY = 0.95
 """Decay per real step of the drift alignments, which only the features look at."""
 ROLLBACK_FACTOR = 0.25
+FADE = 0.7
+"""Factor on gains per real step while the loss does not bear their promises out."""
 
 
 def _row(*values: float) -> Tensor:
@@ -133,6 +135,10 @@ class AlignmentGains:
         """After a rollback: a quarter of every gain, and fresh statistics."""
         self.gains = (self.gains * ROLLBACK_FACTOR).clamp_(self._minimum, self._maximum)
         self.restart()
+
+    def fade(self) -> None:
+        """While alignments are not to be trusted: gains shrink, evidence stays."""
+        self.gains = (self.gains * FADE).clamp_(self._minimum, self._maximum)
 
     def coefficients(self) -> Tensor:
         """(L, J) multipliers of the basis, zero for the drift: see ``WindowGains``."""

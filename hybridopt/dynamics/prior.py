@@ -13,7 +13,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
 from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
 from hybridopt.dynamics.state import load_or_undo, tensor_like
-from hybridopt.dynamics.trend import Efficiency, Gate, LossTrend
+from hybridopt.dynamics.trend import Efficiency, Gate, Honesty, LossTrend
 from hybridopt.dynamics.window import WindowGains
 from hybridopt.types import BASIS_SIZE, DRIFT, STEP, Forecast, Observation, Outcome
 
@@ -55,6 +55,7 @@ class PriorPredictor:
         self.trend = LossTrend()
         self.efficiency = Efficiency()
         self.gate = Gate()
+        self.honesty = Honesty()
         self.moving = False
         """Whether gains may change; set by the caller once warm-up is over."""
         self._empty = torch.zeros(
@@ -99,6 +100,7 @@ class PriorPredictor:
         self.trend = LossTrend()
         self.efficiency = Efficiency()
         self.gate = Gate()
+        self.honesty = Honesty()
         self._forget_move()
 
     # -- parts that a learned predictor puts its correction between ----------------
@@ -123,6 +125,7 @@ class PriorPredictor:
             self.gate.add(end, length, norm * norm)
         else:
             self.efficiency.skip()
+        self.honesty.add(observation.loss, self._promised(observation))
         self._move = None
         self.gains.absorb(alignment)
         self.window.absorb(observation)
@@ -136,11 +139,22 @@ class PriorPredictor:
         if not self.moving:
             return
         self.gains.hold_rate(lr_ratio)
+        if not self.honesty.trusted:
+            self.gains.fade()
+            self.window.fade()
+            return
         if self.gains.count > 1:
             if significance is None:
                 significance = self.gains.significance()
             self.gains.grow(significance)
         self.window.grow()
+
+    def _promised(self, observation: Observation) -> float:
+        """-<g', delta> of the base step and the move behind it."""
+        taken = observation.dots[:, STEP]
+        if self._move is not None:
+            taken = taken + (self._move * observation.dots).sum(1)
+        return -float(taken.sum())
 
     def worth(self, correction: Correction | None) -> Worth:
         """Expected efficiency and loss, corrected where a correction is given.
@@ -178,7 +192,7 @@ class PriorPredictor:
             coefficients=coefficients,
             confidence=confidence * bound,
             progress=first_order * worth.efficiency,
-            progress_lower=first_order * worth.efficiency_lower * self.gate.open,
+            progress_lower=first_order * worth.efficiency_lower * self._open(),
             loss=worth.loss,
             loss_sigma=worth.loss_sigma,
             turns_window=drift is not None,
@@ -200,6 +214,9 @@ class PriorPredictor:
             return sum(decreases), 0.0
         return sum(decreases), worth / total
 
+    def _open(self) -> float:
+        return self.gate.open if self.honesty.trusted else 0.0
+
     def loss_path(self, horizon: int) -> tuple[list[float], list[float]]:
         """Expected losses of the next ``horizon`` real steps, standard deviations."""
         return self.trend.path(horizon)
@@ -215,6 +232,7 @@ class PriorPredictor:
             "trend": self.trend.state_dict(),
             "efficiency": self.efficiency.state_dict(),
             "gate": self.gate.state_dict(),
+            "honesty": self.honesty.state_dict(),
             "window": self.window.state_dict(),
             "move": None if self._move is None else self._move.clone(),
             "move_slope": self._move_slope,
@@ -230,6 +248,7 @@ class PriorPredictor:
         self.trend.load_state_dict(state["trend"])
         self.efficiency.load_state_dict(state["efficiency"])
         self.gate.load_state_dict(state["gate"])
+        self.honesty.load_state_dict(state["honesty"])
         self.window.load_state_dict(state["window"])
         move = state["move"]
         self._move = None if move is None else tensor_like(state, "move", self._empty)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridopt.history import RunningMoments
 
-__all__ = ["Efficiency", "Gate", "LossTrend"]
+__all__ = ["Efficiency", "Gate", "Honesty", "LossTrend"]
 
 
 class LossTrend:
@@ -184,3 +184,50 @@ class Gate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self._cosines.load_state_dict(state)
+
+
+class Honesty:
+    """Whether the loss falls as much as the gradients say, or they are no gradient.
+
+    Along a move, the slope at its end is a lower bound of the average slope wherever
+    the loss curves upwards, and a fresh gradient gives it without bias. So the measured
+    decrease less <-g', delta> should not be negative on average. In a minimax game, or
+    any field that turns, alignment promises a decrease that never comes: gains that
+    followed it would spiral out.
+    """
+
+    MEMORY = 0.95
+    LEAST = 10
+    DOUBT = -2.5
+
+    def __init__(self) -> None:
+        self._excess = RunningMoments(self.MEMORY)
+        self._loss = math.nan
+
+    @property
+    def trusted(self) -> bool:
+        """False once the shortfall is significant."""
+        if self._excess.count < self.LEAST:
+            return True
+        return self._excess.mean >= self.DOUBT * self._excess.standard_error
+
+    def add(self, loss: float, promised: float) -> None:
+        """Take in a real step.
+
+        Args:
+            loss: Its loss; nan when unknown.
+            promised: -<g', delta> of all that moved since the real step before.
+        """
+        excess = self._loss - loss - promised
+        self._loss = loss
+        if abs(excess) < LossTrend.LARGEST:
+            self._excess.add(excess)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments and the last loss."""
+        return {"excess": self._excess.state_dict(), "loss": self._loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._excess.load_state_dict(state["excess"])
+        self._loss = float(state["loss"])

@@ -16,6 +16,7 @@ __all__ = ["WindowGains"]
 SHARPNESS = 5.0
 """Slope of the squashed alignment; a cosine of 0.2 already counts as strong."""
 ROLLBACK_FACTOR = 0.25
+FADE = 0.7
 
 
 class WindowGains:
@@ -100,6 +101,10 @@ class WindowGains:
     def shrink(self) -> None:
         """After a rollback: a quarter of every gain."""
         self.gains = (self.gains * ROLLBACK_FACTOR).clamp_min(self._config.minimum)
+
+    def fade(self) -> None:
+        """While alignments are not to be trusted: gains shrink towards their floor."""
+        self.gains = (self.gains * FADE).clamp_min(self._config.minimum)
 
     def state_dict(self) -> dict[str, Any]:
         """Gains and the window so far."""

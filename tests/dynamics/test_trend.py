@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from hybridopt.dynamics.trend import Efficiency, Gate, LossTrend
+from hybridopt.dynamics.trend import Efficiency, Gate, Honesty, LossTrend
 
 
 def test_trend_knows_nothing_before_the_first_loss():
@@ -89,3 +90,37 @@ def test_gate_ignores_moves_without_length():
         gate.add(math.nan, 1.0, 1.0)
         gate.add(1.0, math.inf, 0.0)
     assert gate.open == 0.0
+
+
+def test_honesty_trusts_a_loss_that_falls_as_promised():
+    generator = torch.Generator().manual_seed(0)
+    honesty = Honesty()
+    for step in range(300):
+        noise = 0.1 * float(torch.randn((), generator=generator))
+        honesty.add(5.0 - 0.01 * step + noise, 0.008)
+        assert honesty.trusted or step < 40
+
+
+def test_honesty_doubts_promises_that_no_loss_keeps():
+    honesty = Honesty()
+    for step in range(60):
+        honesty.add(1.0 + 0.05 * math.sin(step), 0.3)
+    assert not honesty.trusted
+
+
+def test_honesty_forgives_one_jump_of_the_loss():
+    generator = torch.Generator().manual_seed(1)
+    honesty = Honesty()
+    for step in range(120):
+        noise = 0.05 * float(torch.randn((), generator=generator))
+        jump = 3.0 if step >= 60 else 0.0
+        honesty.add(5.0 - 0.01 * step + noise + jump, 0.005)
+        if step > 60:
+            assert honesty.trusted
+
+
+def test_honesty_knows_nothing_without_losses():
+    honesty = Honesty()
+    for _ in range(50):
+        honesty.add(math.nan, 1.0)
+    assert honesty.trusted
