@@ -132,7 +132,7 @@ def _share(arm: Arm) -> str:
 def _per_bare_step(arm: Arm, bare: Arm) -> str:
     """Own work per scheduled step in units of what a bare step takes.
 
-    The share of an arm's own wall time grows as its backwards vanish; this one does not.
+    The share of an arm's own time grows as its backwards vanish; this one does not.
     """
     share = arm.bookkeeping_share
     if share is None or not bare.wall_s or not arm.scheduled_steps:
