@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridopt.codec import decode, encode
@@ -12,10 +12,25 @@ from hybridopt.run import Run
 from hybridopt.telemetry import events
 from hybridopt.weights.space import KEYS
 
-__all__ = ["BLOB_KEY", "load_into", "save_into"]
+__all__ = ["BLOB_KEY", "load_into", "require_state_dict", "save_into"]
 
 BLOB_KEY = "hybrid"
 """Key in every parameter group; a string, which every checkpoint format carries."""
+
+
+def require_state_dict(state: Any) -> None:
+    """Refuse what no optimizer's ``state_dict()`` returned.
+
+    Raises:
+        CheckpointError: Not a mapping with ``state`` and ``param_groups``.
+    """
+    keys = sorted(map(str, state)) if isinstance(state, Mapping) else None
+    if keys is None or not {"state", "param_groups"} <= set(keys):
+        found = type(state).__name__ if keys is None else f"keys {keys}"
+        raise CheckpointError(
+            f"state_dict with {found}: must be a dict with 'state' and 'param_groups'. "
+            "Pass what opt.state_dict() returned, not the whole training checkpoint."
+        )
 
 
 def save_into(run: Run) -> dict[str, Any]:

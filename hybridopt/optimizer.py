@@ -21,11 +21,16 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hybridopt import phases
-from hybridopt.checkpoint import BLOB_KEY, load_into, save_into
+from hybridopt.checkpoint import (
+    BLOB_KEY,
+    load_into,
+    require_state_dict,
+    save_into,
+)
 from hybridopt.closure import Evaluation, call_as_is, evaluate, insists_on_call
 from hybridopt.config import HybridConfig
 from hybridopt.distributed import any_rank
-from hybridopt.errors import ConfigError
+from hybridopt.errors import ClosureError, ConfigError
 from hybridopt.hooks import without_global_hooks
 from hybridopt.run import Components, Run, build_run
 from hybridopt.statistics import summarize
@@ -73,6 +78,11 @@ class HybridPredictOptimizer(Optimizer):
                 f"base_optimizer={type(base_optimizer).__name__}: must be a "
                 "torch.optim.Optimizer. Pass for example "
                 "torch.optim.AdamW(model.parameters())."
+            )
+        if config is not None and not isinstance(config, HybridConfig):
+            raise ConfigError(
+                f"config={config!r} of type {type(config).__name__}: must be a "
+                "HybridConfig. Use HybridConfig.from_dict for plain values."
             )
         config = (config or HybridConfig()).replace(**overrides)
         self._build(base_optimizer, config, model, process_group, components)
@@ -125,6 +135,12 @@ class HybridPredictOptimizer(Optimizer):
                 state and phase are as before.
         """
         run = self._run
+        if closure is not None and not callable(closure):
+            raise ClosureError(
+                f"closure={closure!r} of type {type(closure).__name__}: must be "
+                "callable. Pass a function that returns the loss: "
+                "opt.step(lambda: F.cross_entropy(model(x), y))."
+            )
         if not run.enabled:
             return self._bare_step(closure)
         run.start_clock()
@@ -426,6 +442,7 @@ class HybridPredictOptimizer(Optimizer):
             CheckpointError: Corrupt, truncated, of another version, or of another
                 model. Nothing was changed.
         """
+        require_state_dict(state_dict)
         state = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state)

@@ -69,7 +69,9 @@ def real_step(
     run.settle()
     pending = run.space.observe(loss)
     must_wait = run.controller.plan.phase is Phase.CORRECT
-    guarded = run.skips_on_device and not must_wait
+    guarded = (
+        run.skips_on_device and not must_wait and bool(run.rates().isfinite().all())
+    )
     if guarded:
         # Nothing that consumed steps can be taken back here, so the base may step
         # while the numbers travel; it skips what is not finite on the device.
@@ -248,8 +250,10 @@ def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
     )
     finite = math.isfinite(norm) and (not has_loss or math.isfinite(mean_loss))
     finite = finite and not refused
-    run.slopes = local[:, -1]
     rate = float(run.rates().max()) if len(run.shares) else 0.0
+    # A learning rate that is no number would go into every weight.
+    finite = finite and math.isfinite(rate)
+    run.slopes = local[:, -1]
     move = run.controller.move
     return Observation(
         step=run.counters.steps,

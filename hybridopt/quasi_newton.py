@@ -39,6 +39,11 @@ def before_base(run: Run, observation: Observation) -> Newton:
     mover = run.secant
     if mover is None or run.secant_off:
         return Newton(quiet=True)
+    if run.decays:
+        # A secant move goes where the loss alone is lowest, and would take back the
+        # decay that the user asked for.
+        mover.abandon()
+        return Newton(quiet=True)
     judged = mover.pending
     accepted = mover.judge(observation.loss if observation.finite else float("nan"))
     if observation.finite:

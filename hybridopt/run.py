@@ -135,6 +135,11 @@ class Run:
         return next(iter(self.space.parameters())).device
 
     @property
+    def decays(self) -> bool:
+        """Whether the base shrinks weights besides following the gradient."""
+        return any(bool(g.get("weight_decay")) for g in self.base.param_groups)
+
+    @property
     def skips_on_device(self) -> bool:
         """Whether the base leaves a step with NaN or inf undone by itself.
 
@@ -143,7 +148,7 @@ class Run:
         """
         return (
             self.collective.world_size == 1
-            and (self.secant is None or self.secant_off)
+            and (self.secant is None or self.secant_off or self.decays)
             and bool(getattr(self.base, "_step_supports_amp_scaling", False))
             and not hasattr(self.base, "found_inf")
             and len({p.device for p in self.space.parameters()}) == 1

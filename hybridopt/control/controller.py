@@ -64,6 +64,8 @@ class Move:
     """Expected progress in step equivalents."""
     worth: float
     """First-order worth sum_l a_l slope_l, in loss units, at the move's beginning."""
+    base_worth: float
+    """The same of the base step, sum_l slope_l."""
     loss: float = math.nan
     """Expected loss behind the move."""
     loss_sigma: float = math.nan
@@ -111,17 +113,17 @@ class Controller:
         """How the last move turned out, by the trapezoid rule on its two gradients.
 
         With delta the move, g its first and g' this gradient, its progress in step
-        equivalents is expected * (1 + clip(r, -1, 1)) / 2, r = <g', delta>/<g, delta>,
-        relative to the first-order worth. A move taken back made none.
+        equivalents is w (1 + clip(r, -1, 1)) / 2 with r = <g', delta>/<g, delta> and w
+        its first-order worth over the base step's. A move taken back made none.
         """
         move = self.move
         if move is None:
             return None
-        ratio = 0.0
-        if not rolled_back and move.worth > 0:
+        progress = 0.0
+        if not rolled_back and move.worth > 0 and move.base_worth > 0:
             end = -float((move.coefficients[:, STEP] * observation.dots[:, STEP]).sum())
             ratio = max(-1.0, min(1.0, end / move.worth))
-        progress = 0.0 if rolled_back else move.progress * (1.0 + ratio)
+            progress = 0.5 * (1.0 + ratio) * move.worth / move.base_worth
         cost = 1.0 + (2.0 if rolled_back else 0.0)
         return Outcome(move.arm, progress, move.horizon, cost, rolled_back)
 
@@ -187,7 +189,8 @@ class Controller:
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
-        worth = float((forecast.coefficients[:, STEP] * slopes.clamp_min(0.0)).sum())
+        downhill = slopes.clamp_min(0.0)
+        worth = float((forecast.coefficients[:, STEP] * downhill).sum())
         self.move = Move(
             forecast.coefficients,
             rates,
@@ -196,6 +199,7 @@ class Controller:
             context,
             forecast.progress,
             worth,
+            float(downhill.sum()),
             forecast.loss,
             forecast.loss_sigma,
         )

@@ -81,13 +81,14 @@ def _observation(dots):
 )
 def test_ideal_is_where_the_parabola_bottoms_out(begin, end, expected):
     move = Move(
-        torch.tensor([[3.0, 0.0]], dtype=torch.float64),
-        torch.ones(1, dtype=torch.float64),
-        0,
-        0,
-        [],
-        1.0,
-        1.0,
+        coefficients=torch.tensor([[3.0, 0.0]], dtype=torch.float64),
+        rates=torch.ones(1, dtype=torch.float64),
+        horizon=0,
+        arm=0,
+        context=[],
+        progress=1.0,
+        worth=1.0,
+        base_worth=1.0,
         slopes=torch.tensor([begin], dtype=torch.float64),
     )
     made = ideal(move, _observation([-end]))

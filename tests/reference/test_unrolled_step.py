@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hybridopt import HybridPredictOptimizer, Phase
-from hybridopt.config import DriftConfig, SecantConfig
+from hybridopt.config import DriftConfig, FixedHorizon, SecantConfig
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
 from tests.problems import assert_same_bits
@@ -45,7 +45,10 @@ def test_folded_moves_follow_the_formula():
 def test_horizon_consumes_steps_and_makes_the_whole_move():
     weight = _quadratic()
     opt = _optimizer(
-        weight, FixedPredictor(gain=2.0, progress=60.0), max_predict_steps=2
+        weight,
+        FixedPredictor(gain=2.0, progress=60.0),
+        max_predict_steps=2,
+        bandit=FixedHorizon(),  # the bandit would learn that the claim is too high
     )
     phases = []
     for _ in range(12):
