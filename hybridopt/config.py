@@ -80,14 +80,21 @@ class GainConfig(_Checked, frozen=True, kw_only=True):
     """Gain at the first move, in base steps."""
     minimum: NonNegative = 0.02
     """Smallest gain; keeps a way back up."""
-    maximum: Positive = 16.0
-    """Largest gain, in base steps. Higher ones pay at very conservative rates only:
-    short runs would spend most of their time overshooting."""
+    maximum: Positive = 128.0
+    """Largest gain, in base steps."""
     significance: NonNegative = 1.0
     """t0, standard errors by which the mean alignment must differ from zero before
     its gain changes."""
     memory: OpenFraction = 0.8
     """rho, decay per real step of the running mean of alignments."""
+    relaxation: Fraction = 0.03
+    """r, share of its distance to ``minimum`` (in logs) that a gain gives up per real
+    step without significant evidence. 0: gains stay where noise has carried them."""
+    boost: NonNegative = 1.0
+    """How much faster gains grow, relative to ``rate``, at full headroom: all tensors
+    together say that the learning rate is far too low."""
+    eager: NonNegative = 1.0
+    """Gain at the first move at full headroom, in base steps; at least ``initial``."""
 
 
 class DriftConfig(_Checked, frozen=True, kw_only=True):
@@ -311,7 +318,7 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
                     max_predict_steps=4,
                     confidence_threshold=0.6,
                     validation_interval=8,
-                    gain=GainConfig(significance=2.0, maximum=16.0),
+                    gain=GainConfig(significance=2.0, maximum=16.0, boost=0.0),
                     divergence=DivergenceConfig(loss_sigma_threshold=3.0),
                 )
             case "aggressive":

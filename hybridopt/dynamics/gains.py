@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
+from hybridopt.dynamics.headroom import Headroom
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.types import BASIS_SIZE, STEP, Observation
 
@@ -20,6 +21,7 @@ there is no evidence, however steady."""
 DRIFT_MEMORY = 0.95
 """Decay per real step of the drift alignments, which only the features look at."""
 ROLLBACK_FACTOR = 0.25
+_TINY = 1e-30
 FADE = 0.7
 """Factor on gains per real step while the loss does not bear their promises out."""
 
@@ -49,6 +51,13 @@ class AlignmentGains:
 
     m and q are kept bias-corrected: m += w (c - m) with w = (1 - rho) / (1 - rho^n).
 
+    Two amendments by measurement (docs/research-notes.md, "Gains that rest"):
+
+    * Where |t| < t0 a gain relaxes: log a -= r log(a / a_min). Noise passes t0 about as
+      often upwards as downwards, so without it gains wander over their whole range.
+    * With headroom h (``Headroom``) growth is (1 + boost h) times as fast, and the
+      first gains are a_0 (eager / a_0)^h instead of a_0.
+
     Source: with memory 0 and no significance this is hypergradient adaptation of a
     per-tensor rate (Baydin et al. 2018, arXiv 1703.04782) in the form of a move.
     Differs: growth is bounded per step and needs significance.
@@ -67,6 +76,11 @@ class AlignmentGains:
         self._maximum = _row(gain.maximum, 0.0)
         initial = _row(gain.initial, 0.0)
         self._initial = initial.clamp(self._minimum, self._maximum)
+        self._relaxation = gain.relaxation
+        self._rest = _row(gain.minimum, 0.0)
+        self._relaxes = gain.relaxation > 0.0 and gain.minimum > 0.0
+        self._boost = gain.boost
+        self._eager = max(gain.eager / gain.initial, 1.0) if gain.initial else 1.0
         # From here on the bias correction is 1 to the last bit.
         slowest = max(gain.memory, DRIFT_MEMORY)
         self._settled = math.ceil(math.log(1e-17) / math.log(slowest))
@@ -77,12 +91,15 @@ class AlignmentGains:
         """Initial gains, no statistics."""
         self.gains = self._initial.repeat(self.size, 1)
         """(L, J), in base steps."""
+        self._started = False
         self.restart()
 
     def restart(self) -> None:
         """Forget the alignments, keep the gains."""
         self.count = 0
         """Observations since the last restart."""
+        self.headroom = Headroom()
+        """Evidence of all tensors together that the rate is far too low."""
         empty = torch.zeros(self.size, BASIS_SIZE, dtype=torch.float64, device="cpu")
         self._remaining = torch.ones(BASIS_SIZE, dtype=torch.float64, device="cpu")
         self.mean = empty
@@ -102,6 +119,7 @@ class AlignmentGains:
             weight = weight / (1 - self._remaining)
         self.mean = torch.lerp(self.mean, alignment, weight)
         self._square = torch.lerp(self._square, alignment * alignment, weight)
+        self.headroom.add(alignment[:, STEP])
         self._derive()
 
     def _derive(self) -> None:
@@ -115,9 +133,22 @@ class AlignmentGains:
 
     def grow(self, significance: Tensor) -> None:
         """Move the gains as (L, J) t-values say."""
+        headroom = self.headroom.value
+        if not self._started:
+            self._started = True
+            self.gains = self.gains * self._eager**headroom
         # t minus its clamp is sign(t) max(|t| - t0, 0): the same rule in fewer passes.
         excess = significance - significance.clamp(self._negative, self._threshold)
-        factor = excess.clamp_(-2.0, 2.0).mul_(self._half_rate).exp_()
+        quiet = excess == 0.0
+        excess.clamp_(-2.0, 2.0)
+        if headroom > 0.0:
+            fast = excess * (1.0 + self._boost * headroom)
+            excess = torch.where(excess > 0.0, fast, excess)
+        factor = excess.mul_(self._half_rate).exp_()
+        if self._relaxes:
+            # Drift gains are zero in here: 0 / tiny, not 0 / 0.
+            relaxed = (self._rest / self.gains.clamp_min(_TINY)).pow_(self._relaxation)
+            factor = torch.where(quiet, relaxed, factor)
         self.gains = factor.mul_(self.gains).clamp_(self._minimum, self._maximum)
 
     def hold_rate(self, lr_ratio: float) -> None:
@@ -148,6 +179,8 @@ class AlignmentGains:
         """Gains and running alignments."""
         return {
             "count": self.count,
+            "started": self._started,
+            "headroom": self.headroom.state_dict(),
             "remaining": self._remaining.clone(),
             "gains": self.gains.clone(),
             "mean": self.mean.clone(),
@@ -163,4 +196,6 @@ class AlignmentGains:
         square = tensor_like(state, "square", self._square)
         self.count, self._remaining, self.gains = count, remaining, gains
         self.mean, self._square = mean, square
+        self._started = bool(state["started"])
+        self.headroom.load_state_dict(state["headroom"])
         self._derive()

@@ -19,62 +19,112 @@ L = len(SIZES)
 class Twin:
     """The rule as it is written down, one tensor and one direction at a time."""
 
-    def __init__(self, rate, t0, rho, minimum, maximum, initial):
-        self.rate, self.t0, self.rho = rate, t0, rho
-        self.minimum, self.maximum, self.gain = minimum, maximum, initial
+    def __init__(self, gain: GainConfig):
+        self.rule, self.gain = gain, gain.initial
         self.restart()
 
     def restart(self):
         self.count, self.m, self.q = 0, 0.0, 0.0
 
     def absorb(self, c):
+        rho = self.rule.memory
         self.count += 1
-        self.m = self.rho * self.m + (1 - self.rho) * c
-        self.q = self.rho * self.q + (1 - self.rho) * c * c
+        self.m = rho * self.m + (1 - rho) * c
+        self.q = rho * self.q + (1 - rho) * c * c
 
-    def grow(self):
+    def grow(self, headroom):
         if self.count < 2:
             return
-        correction = 1 - self.rho**self.count
+        rule = self.rule
+        rho = rule.memory
+        correction = 1 - rho**self.count
         m, q = self.m / correction, self.q / correction
         sd = math.sqrt(max(q - m * m, 0.0))
-        t = m / (sd * math.sqrt((1 - self.rho) / (1 + self.rho)) + 0.01)
-        step = min(max((abs(t) - self.t0) / 2, 0.0), 1.0)
-        self.gain *= math.exp(self.rate * math.copysign(step, t))
-        self.gain = min(max(self.gain, self.minimum), self.maximum)
+        t = m / (sd * math.sqrt((1 - rho) / (1 + rho)) + 0.01)
+        step = min(max((abs(t) - rule.significance) / 2, 0.0), 1.0)
+        if step == 0.0:
+            self.gain *= (rule.minimum / self.gain) ** rule.relaxation
+        speed = 1 + rule.boost * headroom if t > 0 else 1.0
+        self.gain *= math.exp(rule.rate * speed * math.copysign(step, t))
+        self.gain = min(max(self.gain, rule.minimum), rule.maximum)
 
 
+@pytest.mark.parametrize("lift", [0.0, 0.45])
 @pytest.mark.parametrize(
     "gain",
     [
         GainConfig(),
         GainConfig(rate=0.7, significance=0.3, memory=0.5, maximum=4.0),
+        GainConfig(relaxation=0.0, boost=3.0, eager=0.5),
     ],
 )
-def test_prior_follows_its_literal_twin(gain):
+def test_prior_follows_its_literal_twin(gain, lift):
     made = build_predictor(HybridConfig(predictor=Prior(), gain=gain), SIZES, [1] * L)
-    limits = (gain.minimum, gain.maximum, gain.initial)
-    rule = [Twin(gain.rate, gain.significance, gain.memory, *limits) for _ in range(L)]
+    rule = [Twin(gain) for _ in range(L)]
+    pooled = Pooled()
     ratios = {40: 1.5, 41: 1.2, 55: 0.5, 70: 3.0}
+    seen = set()
     for i, one in enumerate(noisy(120, L, seed=3)):
         ratio = ratios.get(i, 1.0)
         made.moving = i >= 10
-        made.observe(observation(i, one.alignment, lr_ratio=ratio))
+        # Alignments that begin high show headroom, and lose it half-way.
+        alignment = (one.alignment + (lift if i < 60 else 0.0)).clamp(-1, 1)
+        made.observe(observation(i, alignment, lr_ratio=ratio))
+        headroom = pooled.absorb(float(alignment[:, STEP].mean()))
+        seen.add(0.0 if headroom == 0 else 1.0 if headroom == 1 else 0.5)
         for index, twin in enumerate(rule):
             if made.moving and ratio > 1:
                 twin.gain = max((1 + twin.gain) / ratio - 1, gain.minimum)
-            twin.absorb(float(one.alignment[index, STEP]))
+            twin.absorb(float(alignment[index, STEP]))
+            if i == 10:
+                twin.gain *= max(gain.eager / gain.initial, 1.0) ** headroom
             if made.moving:
-                twin.grow()
+                twin.grow(headroom)
         if i == 90:
             made.feedback(Outcome(0, 0.0, 1, 1.0, True))
+            pooled = Pooled()
             for twin in rule:
-                twin.gain = max(twin.gain / 4, twin.minimum)
+                twin.gain = max(twin.gain / 4, gain.minimum)
                 twin.restart()
         said = made.forecast(slopes(L)).coefficients[:, STEP]
         exact = torch.tensor([twin.gain for twin in rule], dtype=torch.float64)
         assert torch.allclose(said, exact, rtol=1e-9, atol=0.0), i
-    assert said.std() > 0.01
+    assert said.std() > 0.01 or lift
+    assert (1.0 in seen) == (lift > 0)
+
+
+class Pooled:
+    """Headroom as it is written down."""
+
+    def __init__(self):
+        self.values = []
+
+    def absorb(self, c):
+        self.values.insert(0, c)
+        if len(self.values) < 2:
+            return 0.0
+        weights = [0.8**k for k in range(len(self.values))]
+        m = sum(w * v for w, v in zip(weights, self.values, strict=True)) / sum(weights)
+        q = sum(w * v * v for w, v in zip(weights, self.values, strict=True))
+        sd = math.sqrt(max(q / sum(weights) - m * m, 0.0))
+        t = m / (sd * math.sqrt(0.2 / 1.8) + 0.005)
+        return min(max((t - 6) / 6, 0), 1) * min(max((m - 0.2) / 0.2, 0), 1)
+
+
+def test_prior_gains_without_evidence_come_to_rest():
+    """White alignments carry gains anywhere; relaxation brings them to the floor."""
+    drawn = torch.Generator().manual_seed(1)
+    rows = torch.randn(600, L, 2, generator=drawn, dtype=torch.float64) * 0.1
+    resting, wandering = (
+        predictor(Prior(), gain=GainConfig(relaxation=r)) for r in (0.03, 0.0)
+    )
+    levels = {id(resting): [], id(wandering): []}
+    for i, row in enumerate(rows):
+        for made in (resting, wandering):
+            made.observe(observation(i, row))
+            levels[id(made)].append(made.gains.gains[:, STEP].log().mean().exp())
+    assert torch.stack(levels[id(resting)][100:]).mean() < 0.03
+    assert torch.stack(levels[id(wandering)][100:]).mean() > 0.08
 
 
 def test_alignments_equal_those_of_the_observation():

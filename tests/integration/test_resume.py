@@ -49,7 +49,7 @@ def test_resume_in_every_phase_equals_uninterrupted(phase, tmp_path):
     problem = regression()
     opt = _build(problem, "adamw_slow")
     for step in range(200):
-        if opt.phase is phase and (phase is Phase.WARMUP or step > 20):
+        if opt.phase is phase and (phase is Phase.WARMUP or step > 8):
             break
         train(problem, opt, 1, start=step)
     assert opt.phase is phase

@@ -1,0 +1,62 @@
+"""How much further than the base steps there is to go, read from all tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hybridopt.history import RunningMoments
+
+__all__ = ["Headroom"]
+
+
+class Headroom:
+    """Whether the learning rate is far below what the landscape allows, in [0, 1].
+
+    With c the mean over tensors of the alignment of one real step, m its running mean
+    and t = m / (standard error + 0.005):
+
+        h = clip((t - 6) / 6, 0, 1) * clip((m - 0.2) / 0.2, 0, 1).
+
+    Averaging over tensors takes most of the noise out, so it is plain within ten steps:
+    fine-tuning at a conservative rate shows m near 0.5 and t above 15; at a tuned rate,
+    with tiny batches or with noisy labels |m| stays below 0.15 and |t| below 4. During
+    the fall from a learning-rate warm-up m is high but t is not, because m is moving.
+    """
+
+    MEMORY = 0.8
+    FLOOR = 0.005
+    SIGNIFICANCE = (6.0, 12.0)
+    """t between which h rises from 0 to 1."""
+    ALIGNMENT = (0.2, 0.4)
+    """m between which h rises from 0 to 1."""
+
+    def __init__(self) -> None:
+        self._pooled = RunningMoments(self.MEMORY)
+
+    def add(self, alignment: Tensor) -> None:
+        """Take in one real step's (L,) alignments with the step direction."""
+        if alignment.numel():
+            self._pooled.add(float(alignment.mean()))
+
+    @property
+    def value(self) -> float:
+        """h; 0 before the second observation."""
+        if self._pooled.count < 2:
+            return 0.0
+        mean = self._pooled.mean
+        t = mean / (self._pooled.standard_error + self.FLOOR)
+        return _ramp(t, *self.SIGNIFICANCE) * _ramp(mean, *self.ALIGNMENT)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments."""
+        return self._pooled.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._pooled.load_state_dict(state)
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    return min(max((value - low) / (high - low), 0.0), 1.0)

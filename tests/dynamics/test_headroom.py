@@ -1,0 +1,58 @@
+"""Headroom tells a rate that is far too low from every other regime."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hybridopt.dynamics.headroom import Headroom
+
+
+def _after(values: list[float], size: int = 20, noise: float = 0.05) -> Headroom:
+    drawn = torch.Generator().manual_seed(0)
+    headroom = Headroom()
+    for value in values:
+        row = torch.randn(size, generator=drawn, dtype=torch.float64) * noise
+        headroom.add(value + row)
+    return headroom
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.55] * 10, 1.0),
+        ([0.1] * 10, 0.0),
+        ([-0.5] * 10, 0.0),
+        # Falling from a warm-up's rate: high on the average, but not steady.
+        ([0.7] * 10 + [0.7 * 0.6**k for k in range(1, 6)], 0.0),
+        ([0.55], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_headroom_needs_high_and_steady_alignment(values, expected):
+    assert _after(values).value == pytest.approx(expected, abs=0.05)
+
+
+def test_headroom_rises_gradually_between_its_bounds():
+    levels = [_after([m] * 12, noise=0.0).value for m in (0.2, 0.25, 0.3, 0.35, 0.4)]
+    assert levels == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+def test_headroom_of_no_tensors_is_zero_and_nan_is_no_evidence():
+    headroom = _after([0.5] * 10)
+    before = headroom.value
+    headroom.add(torch.zeros(0, dtype=torch.float64))
+    headroom.add(torch.full((3,), math.nan, dtype=torch.float64))
+    assert headroom.value == before == 1.0
+
+
+def test_headroom_state_continues_bit_for_bit():
+    one, other = _after([0.3] * 5), Headroom()
+    other.load_state_dict(one.state_dict())
+    for value in (0.31, 0.28, 0.4):
+        row = torch.full((4,), value, dtype=torch.float64)
+        one.add(row)
+        other.add(row)
+        assert one.value == other.value
