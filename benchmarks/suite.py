@@ -123,7 +123,7 @@ def runs_of(case: Case, options: Options, seed: int) -> Iterator[Run]:
     best = -math.inf
     for item in planned(case, options):
         # Judged by where it ends.
-        limits = Limits(evaluations=4)
+        limits = Limits(evaluations=1)
         if case.mode == "target":
             limits = Limits(growth=TARGET_GROWTH)
             if item.arm.name != "base":

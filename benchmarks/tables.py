@@ -161,8 +161,8 @@ def _ablation_tables(results: Sequence[CaseResult]) -> str:
         return ""
     text = (
         "\n## Ablations\n\nSpeedup of each variant over that of the default, on the "
-        "same cases and seeds: above 1 the variant is better. Each changes one part. `~`: "
-        "both are bounds, so the quotient is not one."
+        "same cases and seeds: above 1 the variant is better. Each changes one part. "
+        "`~`: both are bounds, so the quotient is none."
     )
     for by_time in (True, False):
         columns = {a: against_default(results, a, by_time=by_time) for a in arms}

@@ -37,9 +37,9 @@ HELD_OUT = 1024
 
 
 def _network(setting: Setting, width: int, depth: int = 2) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(INPUTS, width), nn.GELU()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(INPUTS, width), nn.GELU()]
         for _ in range(depth - 1):
             layers += [nn.Linear(width, width), nn.GELU()]
         return nn.Sequential(*layers, nn.Linear(width, CLASSES)).to(setting.device)

@@ -34,7 +34,7 @@ __all__ = ["make", "make_lora", "passages"]
 _PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing",
              "tkinter", "unittest", "xml", "importlib")  # fmt: skip
 _SHAPE: dict[Scale, tuple[int, int, int]] = {
-    "quick": (8, 32, 300),
+    "quick": (8, 32, 160),
     "full": (16, 48, 1000),
     "gpu": (16, 48, 2000),
 }
