@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from statistics import NormalDist
 from typing import Any
 
-__all__ = ["CONFIDENCES", "LEVELS", "PROGRESS_EDGES", "Watch", "merged"]
+__all__ = [
+    "CONFIDENCES",
+    "LEVELS",
+    "PREDICTORS",
+    "PROGRESS_EDGES",
+    "Watch",
+    "merged",
+]
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Nominal coverage of the central intervals that are counted."""
@@ -21,6 +28,10 @@ PROGRESS_EDGES = tuple(2.0**k for k in range(-5, 5))
 """Ends of the bins of expected progress, in base steps; two more lie outside."""
 CONFIDENCES = 5
 """Bins of equal width of the confidence in [0, 1]."""
+
+
+PREDICTORS = ("hybrid", "hybrid:prior", "hybrid:linear", "hybrid:mlp", "hybrid:rssm")
+"""Arms whose forecasts are kept and tabled."""
 
 
 class Watch:

@@ -126,8 +126,8 @@ _FINETUNE_STEPS: dict[Scale, int] = {"quick": 400, "full": 400, "gpu": 400}
 _MINILM_LORA_TUNED: Rates = {"quick": 5e-3, "full": 3e-3, "gpu": 2e-3}
 _LORA_TUNED: Rates = {"quick": 1e-2, "full": 1e-2, "gpu": 3e-3}
 _MINILM_STEPS: dict[Scale, int] = {"quick": 48, "full": 200, "gpu": 400}
-_GPT_MS = (20.0, 120.0, 15.0)
-_MINILM_MS = (320.0, 900.0, 20.0)
+_GPT_MS = (14.0, 90.0, 15.0)
+_MINILM_MS = (330.0, 900.0, 20.0)
 _RATED: tuple[tuple[str, Family, float | None, float], ...] = (
     ("3e-5", "fine-tuning, conservative", 3e-5, 0.25),
     ("1e-4", "fine-tuning, 1e-4", 1e-4, 0.25),
@@ -159,12 +159,13 @@ def _finetuning() -> list[Case]:
     big = partial(_finetune, size="124m")
     gpt: dict[str, Any] = {"step_ms": _GPT_MS}
     lm: dict[str, Any] = {"step_ms": _MINILM_MS}
+    lora: dict[str, Any] = {"step_ms": (150.0, 500.0, 20.0)}
     large: dict[str, Any] = {"step_ms": (0.0, 0.0, 40.0), "scales": ("gpu",)}
     return [
         *rated("finetune", _finetune, _GPT_TUNED, _FINETUNE_STEPS, **gpt),
         *rated("lora", _lora, _LORA_TUNED, _FINETUNE_STEPS, **gpt),
         *rated("minilm", minilm, _same(2e-4), _MINILM_STEPS, **lm),
-        *rated("minilm-lora", adapters, _MINILM_LORA_TUNED, _MINILM_STEPS, **lm),
+        *rated("minilm-lora", adapters, _MINILM_LORA_TUNED, _MINILM_STEPS, **lora),
         *rated("finetune-124m", big, _same(3e-4), _FINETUNE_STEPS, **large),
     ]
 
@@ -194,7 +195,7 @@ def _smooth_cases() -> list[Case]:
             base="adam",
             mode="target",
             scales=("quick", "full"),
-            step_ms=(1.5, 1.5, 0.0),
+            step_ms=(1.0, 1.0, 0.0),
         )
         tuned = replace(
             default,
@@ -221,11 +222,11 @@ def _stochastic() -> list[Case]:
         Case("pretrain-cosine", family, _pretrain, rates, rates, gpt, "cosine", **text),
         Case(
             "convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine",
-            step_ms=(25.0, 80.0, 4.0),
+            step_ms=(4.0, 15.0, 4.0),
         ),
         Case(
             "tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine",
-            step_ms=(3.0, 6.0, 3.0),
+            step_ms=(0.7, 2.0, 3.0),
         ),
         Case(
             "pretrain-124m", family, big, _same(6e-4), _same(6e-4), gpt, "wsd",
@@ -244,7 +245,7 @@ def _stochastic() -> list[Case]:
     muon: Rates = {"quick": 1e-2, "full": 5e-3, "gpu": 3e-3}
     other = Case(
         "pretrain-muon", "other bases", _pretrain, muon, muon, gpt, "wsd", "muon",
-        step_ms=(35.0, 160.0, 20.0),
+        step_ms=(16.0, 100.0, 20.0),
     )  # fmt: skip
     return [*tuned, *low, other]
 
@@ -257,7 +258,7 @@ def _controls() -> list[Case]:
         rate: float,
         schedule: Schedule,
         family: Family = "controls",
-        step_ms: tuple[float, float, float] = (6.0, 20.0, 4.0),
+        step_ms: tuple[float, float, float] = (10.0, 20.0, 4.0),
     ) -> Case:
         make = partial(_module, module="controls", maker=f"make_{name}")
         return Case(
@@ -273,7 +274,7 @@ def _controls() -> list[Case]:
         )
 
     scarce: Family = "controls, scarce data"
-    small = (1.0, 1.0, 2.0)
+    small = (0.4, 0.4, 2.0)
     return [
         control("tiny_batch", 3e-3, "linear"),
         control("label_noise", 1e-3, "linear"),

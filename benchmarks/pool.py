@@ -165,8 +165,6 @@ class _Worker:
         return found
 
     def end(self) -> None:
-        if self.process.is_alive():
-            self.process.terminate()
         self.process.join(5.0)
         self.pipe.close()
 
@@ -208,6 +206,7 @@ def _parallel(
                     pool.append(worker)
                 worker.give(waiting.pop() if waiting else None)
     finally:
-        stop.set()
+        for worker in pool:
+            worker.process.terminate()
         for worker in pool:
             worker.end()

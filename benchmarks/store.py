@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration import PREDICTORS
 from benchmarks.runner import Point, Run
 from benchmarks.suite import CaseResult
 
@@ -85,6 +86,8 @@ def _run_values(r: Run) -> dict[str, Any]:
     # own, and one seed's course shows what there is to see.
     first = r.seed == 0 and bool(r.reached or r.fraction == 1.0)
     points = thinned(r.points) if first else r.points[-1:]
+    if r.arm not in PREDICTORS:
+        values.pop("calibration")
     values["points"] = [[getattr(p, name) for name in _POINT] for p in points]
     return {k: v for k, v in values.items() if v not in ("", [], {}, None)}
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arms import ARMS
-from benchmarks.calibration import CONFIDENCES, LEVELS, PROGRESS_EDGES, merged
+from benchmarks.calibration import (
+    CONFIDENCES,
+    LEVELS,
+    PREDICTORS,
+    PROGRESS_EDGES,
+    merged,
+)
 from benchmarks.estimates import Estimate
 from benchmarks.suite import CaseResult
 from benchmarks.summary import (
@@ -115,14 +121,21 @@ def _class_table(results: Sequence[CaseResult], *, by_time: bool) -> str:
         target = TARGETS.get(family)
         first = figures.get("hybrid", {}).get(family)
         aims = f"{target.must:g}x / {target.reach:g}x" if target else "-"
-        row = [family, aims]
+        cases = [r for r in results if r.family == family]
+        row = [family, f"{sum(bool(r.runs) for r in cases)}/{len(cases)}", aims]
         if by_time:
             row.append(_verdict(first))
         for arm in arms:
             found = figures[arm].get(family)
             row.append("-" if found is None else _cell(found, arm, by_time))
         rows.append(row)
-    head = ["class", "must / reach", *(["hybrid passes"] if by_time else []), *arms]
+    head = [
+        "class",
+        "cases run",
+        "must / reach",
+        *(["hybrid passes"] if by_time else []),
+        *arms,
+    ]
     return _table(head, rows)
 
 
@@ -185,8 +198,7 @@ def _ablation_tables(results: Sequence[CaseResult]) -> str:
 def _calibration_tables(results: Sequence[CaseResult]) -> str:
     """What the default's (and each predictor's) forecasts were worth."""
     rows, found = [], {}
-    names = ("hybrid", "hybrid:prior", "hybrid:linear", "hybrid:mlp", "hybrid:rssm")
-    for arm in names:
+    for arm in PREDICTORS:
         notes = merged(
             r.calibration for result in results for r in result.runs if r.arm == arm
         )

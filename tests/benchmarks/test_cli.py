@@ -214,6 +214,6 @@ def test_document_puts_targets_first_and_hides_nothing():
     text = document(meta, [result, absent])
     assert "gone: skipped. no data here" in text
     assert "case: seeds 1: not run: everything" in text
-    row = "| fine-tuning, conservative | 6x / 15x | yes | 6.67x | 1.00x |"
+    row = "| fine-tuning, conservative | 1/1 | 6x / 15x | yes | 6.67x | 1.00x |"
     assert row in text
     assert text.index(row) < text.index("### case")
