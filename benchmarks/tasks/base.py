@@ -53,8 +53,11 @@ class BatchTask(Generic[Batch]):
     """
 
     full_batch = False
-    OBJECTIVE_START = 1 << 40
-    """Index of the first batch of the training objective; no run gets this far."""
+    OBJECTIVE_START = 1 << 31
+    """Index of the first batch of the training objective; no run gets this far. Not
+    beyond 32 bits: torch's CPU generator uses no more of a seed, so such an index would
+    draw the run's own first batches.
+    """
 
     def __init__(
         self,

@@ -98,7 +98,7 @@ def _streamed(
         value: float = evaluator(model, held_x, judged(held_y))()
         return value
 
-    count = max(16, 256 // batch)
+    count = max(16, 512 // batch)
     return BatchTask(model, loss, rows, evaluate, on_step, objective_batches=count)
 
 

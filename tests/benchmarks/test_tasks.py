@@ -32,6 +32,7 @@ from benchmarks.tasks.text import (
     cpp_headers,
     held_out_windows,
     python_source,
+    raw_bytes,
     write_snapshot,
 )
 
@@ -249,6 +250,17 @@ def test_label_noise_on_digits_is_as_strong():
     order = EpochOrder(1400, 32, 0)
     wrong = [(task.batch(i)[1] != y[order(i)]).float().mean() for i in range(20)]
     assert 0.4 < float(torch.stack(wrong).mean()) < 0.68
+
+
+@pytest.mark.parametrize("make", [pretrain_gpt.make, controls.make_label_noise])
+def test_objective_draws_batches_that_no_run_sees(make):
+    task = make(Setting())
+
+    def drawn(start: int) -> set[bytes]:
+        batches = (task.batch(start + i) for i in range(16))
+        return {raw_bytes(b[0] if isinstance(b, tuple) else b) for b in batches}
+
+    assert not drawn(0) & drawn(task.OBJECTIVE_START)
 
 
 def test_stream_never_repeats_and_has_something_to_learn():
