@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks import peers
+from benchmarks.calibration import Watch
 from benchmarks.counting import Meter
-from benchmarks.schedules import Schedule, factor
+from benchmarks.moments import MomentsAfterMove
+from benchmarks.schedules import Schedule, factor, warmup
 
 __all__ = ["ABLATIONS", "ARMS", "PEERS", "Arm", "Setup", "Stepper"]
 
@@ -29,6 +31,11 @@ class Setup:
     schedule: Schedule
     base: Literal["adamw", "adam", "muon"] = "adamw"
     weight_decay: float = 0.01
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the schedule raises the rate; 0 if it starts at its top."""
+        return warmup(self.schedule, self.steps)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """A fresh base optimizer over the trainable parameters."""
@@ -53,7 +60,8 @@ class Stepper:
         scheduler: Stepped after every step; None for methods without a schedule.
         takes_forward: Whether ``step`` wants a forward closure (hybridopt) instead of a
             classic one that clears, runs forward and backward.
-        evaluation: Context in which the arm wants to be judged.
+        evaluation: Context in which the arm wants to be judged, at weights that are not
+            those it trains; None for the training weights.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Stepper:
     ) -> None:
         self.optimizer, self.meter, self.scheduler = optimizer, meter, scheduler
         self._evaluation = evaluation or contextlib.nullcontext
+        self.judged_elsewhere = evaluation is not None
         self._closure = meter.forward if takes_forward else self._classic
         # Peers written here step their base's gradients; the base clears them.
         self._clears: Any = getattr(optimizer, "optimizer", optimizer)
@@ -92,6 +101,11 @@ class Stepper:
         own = getattr(self.optimizer, "statistics", None)
         return dict(own()) if callable(own) else {}
 
+    def calibration(self) -> dict[str, Any]:
+        """How the optimizer's forecasts came out, empty if it makes none."""
+        own = getattr(self.optimizer, "calibration", None)
+        return dict(own()) if callable(own) else {}
+
 
 Build = Callable[[nn.Module, Meter, Setup], Stepper]
 
@@ -105,6 +119,10 @@ class Arm:
     full_batch_only: bool = False
     changes: tuple[str, ...] = ()
     """Configuration that differs from the method's default, for the record."""
+    rank: int = 0
+    """When it runs among a case's arms: smaller first."""
+    headline_only: bool = False
+    """Runs only at the length that its class is judged by."""
 
 
 def _bare(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
@@ -112,7 +130,12 @@ def _bare(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
     return Stepper(base, meter, scheduler=setup.scheduler(base))
 
 
-def _hybrid(*, filtered: bool = False, **overrides: Any) -> Build:
+def _hybrid(
+    *,
+    filtered: bool = False,
+    moments: Literal["shrink", "advance"] | None = None,
+    **overrides: Any,
+) -> Build:
     """Hybridopt with its one default configuration, less the named changes."""
 
     def build(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
@@ -122,8 +145,9 @@ def _hybrid(*, filtered: bool = False, **overrides: Any) -> Build:
         base = setup.optimizer(model)
         settings = {key: value() for key, value in overrides.items()}
         opt = HybridPredictOptimizer(base, model=model, **settings)
+        watched: Any = Watch(opt)
         return Stepper(
-            opt,
+            watched if moments is None else MomentsAfterMove(watched, moments),
             meter,
             scheduler=setup.scheduler(opt),
             takes_forward=True,
@@ -160,7 +184,7 @@ def _schedule_free(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
         [p for p in model.parameters() if p.requires_grad],
         lr=setup.lr,
         weight_decay=setup.weight_decay,
-        warmup_steps=max(1, setup.steps // 20),
+        warmup_steps=setup.warmup_steps,
     )
     opt.train()
 
@@ -182,6 +206,8 @@ def _prodigy(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
         [p for p in model.parameters() if p.requires_grad],
         lr=1.0,
         weight_decay=setup.weight_decay,
+        # As its authors advise wherever the schedule warms up.
+        safeguard_warmup=setup.warmup_steps > 0,
     )
     return Stepper(opt, meter, scheduler=setup.scheduler(opt))
 
@@ -197,51 +223,93 @@ def _ablation(kind: str) -> Any:
     match kind:
         case "corrector":
             return config.ResidualConfig(enabled=True)
-        case "no-drift":
+        case "corrector with rank 2":
+            return config.ResidualConfig(enabled=True, rank=2)
+        case "no drift":
             return config.DriftConfig(enabled=False)
-        case "no-secant":
+        case "no secant":
             return config.SecantConfig(enabled=False)
+        case "frozen gains":
+            # Gains stay at their first value: a fixed extrapolation of each step.
+            return config.GainConfig(rate=0.0)
+        case "no gains":
+            return config.GainConfig(rate=0.0, initial=0.0, minimum=0.0)
+        case "every 4 phases":
+            return 4
+        case "every phase":
+            return 1
+        case "no steps consumed":
+            return 0
     return getattr(config, kind)()
 
 
 def _hybrid_arm(name: str, field: str, kind: str) -> Arm:
     build = _hybrid(**{field: lambda: _ablation(kind)})
-    return Arm(f"hybrid:{name}", build, changes=(f"{field}={kind}",))
+    changes = (f"{field}={kind}",)
+    return Arm(f"hybrid:{name}", build, changes=changes, rank=2, headline_only=True)
 
 
-BASE = Arm("base", _bare)
+def _moments_arm(kind: Literal["shrink", "advance"]) -> Arm:
+    changes = (f"moments after a move: {kind}",)
+    return Arm(
+        f"hybrid:moments-{kind}",
+        _hybrid(moments=kind),
+        changes=changes,
+        rank=2,
+        headline_only=True,
+    )
+
+
+BASE = Arm("base", _bare, rank=-1)
 HYBRID = Arm("hybrid", _hybrid())
-FILTERED = Arm(
-    "hybrid:filtered", _hybrid(filtered=True), changes=("evaluation_weights",)
-)
 
 ABLATIONS = (
+    Arm(
+        "hybrid:filtered",
+        _hybrid(filtered=True),
+        changes=("evaluation_weights",),
+        rank=2,
+        headline_only=True,
+    ),
     _hybrid_arm("prior", "predictor", "Prior"),
     _hybrid_arm("linear", "predictor", "Linear"),
     _hybrid_arm("mlp", "predictor", "MLP"),
     _hybrid_arm("rssm", "predictor", "RSSM"),
     _hybrid_arm("corrector", "residual", "corrector"),
+    _hybrid_arm("corrector-rank", "residual", "corrector with rank 2"),
     _hybrid_arm("fixed-horizon", "bandit", "FixedHorizon"),
-    _hybrid_arm("no-drift", "drift", "no-drift"),
-    _hybrid_arm("no-secant", "secant", "no-secant"),
+    _hybrid_arm("folded-only", "max_predict_steps", "no steps consumed"),
+    _hybrid_arm("validated", "validation_interval", "every 4 phases"),
+    _hybrid_arm("no-gains", "gain", "no gains"),
+    _hybrid_arm("frozen-gains", "gain", "frozen gains"),
+    _hybrid_arm("no-drift", "drift", "no drift"),
+    _hybrid_arm("no-secant", "secant", "no secant"),
+    _moments_arm("shrink"),
+    _moments_arm("advance"),
 )
-"""Each changes one part of the default configuration."""
+"""Each changes one part of the default configuration. One of the predictors is the
+default itself and must come out equal to it."""
+
+
+def _peer(name: str, build: Build, *, full_batch_only: bool = False) -> Arm:
+    return Arm(name, build, full_batch_only=full_batch_only, rank=1)
+
 
 PEERS = (
-    Arm("ema", _wrapped(lambda base, _: peers.EMAEvaluation(base), judged=True)),
-    Arm("lookahead", _wrapped(lambda base, _: peers.Lookahead(base), judged=True)),
-    Arm("snoo", _wrapped(lambda base, _: peers.SNOO(base))),
-    Arm("ema-nesterov", _wrapped(_ema_nesterov)),
-    Arm("extrapolation", _wrapped(lambda base, _: peers.FilteredExtrapolation(base))),
-    Arm("hypergradient", _wrapped(lambda base, _: peers.Hypergradient(base))),
-    Arm(
+    _peer("ema", _wrapped(lambda base, _: peers.EMAEvaluation(base), judged=True)),
+    _peer("lookahead", _wrapped(lambda base, _: peers.Lookahead(base), judged=True)),
+    _peer("snoo", _wrapped(lambda base, _: peers.SNOO(base))),
+    _peer("ema-nesterov", _wrapped(_ema_nesterov)),
+    _peer("extrapolation", _wrapped(lambda base, _: peers.FilteredExtrapolation(base))),
+    _peer("hypergradient", _wrapped(lambda base, _: peers.Hypergradient(base))),
+    _peer(
         "hypergradient:tensor",
         _wrapped(lambda base, _: peers.Hypergradient(base, per_tensor=True)),
     ),
-    Arm("schedule-free", _schedule_free),
-    Arm("prodigy", _prodigy),
-    Arm("lbfgs", _lbfgs, full_batch_only=True),
+    _peer("schedule-free", _schedule_free),
+    _peer("prodigy", _prodigy),
+    _peer("lbfgs", _lbfgs, full_batch_only=True),
 )
 """Each with the defaults of its paper; nobody is tuned per task."""
 
-ARMS = {arm.name: arm for arm in (BASE, HYBRID, FILTERED, *ABLATIONS, *PEERS)}
+ARMS = {arm.name: arm for arm in (BASE, HYBRID, *PEERS, *ABLATIONS)}

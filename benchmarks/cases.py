@@ -26,6 +26,7 @@ Family = Literal[
     "stochastic, rate 10x too low",
     "stochastic, tuned",
     "controls",
+    "controls, scarce data",
     "other bases",
 ]
 Maker = Callable[[Setting], Any]
@@ -55,6 +56,13 @@ class Case:
     """Length, in N, of the arms' run that the class mean uses. Fixed beforehand: a
     quarter where speedups of up to 16x must be measurable inside the base's 4 N."""
     scales: tuple[Scale, ...] = ("quick", "full", "gpu")
+    step_ms: tuple[float, float, float] = (5.0, 20.0, 10.0)
+    """About how long a bare step takes at quick, full (one core) and gpu; for the order
+    of jobs and the time left only."""
+
+    def step_s(self, scale: str) -> float:
+        """Rough seconds of a bare step."""
+        return self.step_ms[("quick", "full", "gpu").index(scale)] / 1000.0
 
     def setup(self, scale: Scale, fraction: float, *, tuned: bool = False) -> Setup:
         """What a run of ``fraction`` N steps is asked to do."""
@@ -106,15 +114,20 @@ def _smooth(setting: Setting, *, name: str) -> Any:
     if setting.device != "cpu":
         raise TaskUnavailableError(f"{name}: smooth problems run on the CPU only.")
     try:
-        return smooth.make(name, setting.seed)
+        return smooth.make(name, setting.seed, setting.data)
     except ImportError as missing:
-        raise TaskUnavailableError(f"{name}: {missing}. pip install it.") from None
+        raise TaskUnavailableError(
+            f"{name}: {missing}. pip install scikit-learn pillow, for water coolprop."
+        ) from None
 
 
 _GPT_TUNED: Rates = {"quick": 3e-3, "full": 2e-3, "gpu": 1e-3}
 _FINETUNE_STEPS: dict[Scale, int] = {"quick": 400, "full": 400, "gpu": 400}
+_MINILM_LORA_TUNED: Rates = {"quick": 5e-3, "full": 3e-3, "gpu": 2e-3}
 _LORA_TUNED: Rates = {"quick": 1e-2, "full": 1e-2, "gpu": 3e-3}
 _MINILM_STEPS: dict[Scale, int] = {"quick": 48, "full": 200, "gpu": 400}
+_GPT_MS = (14.0, 90.0, 15.0)
+_MINILM_MS = (330.0, 900.0, 20.0)
 _RATED: tuple[tuple[str, Family, float | None, float], ...] = (
     ("3e-5", "fine-tuning, conservative", 3e-5, 0.25),
     ("1e-4", "fine-tuning, 1e-4", 1e-4, 0.25),
@@ -142,12 +155,18 @@ def _finetuning() -> list[Case]:
         ]
 
     minilm = partial(_module, module="minilm")
+    adapters = partial(_module, module="minilm", maker="make_lora")
     big = partial(_finetune, size="124m")
+    gpt: dict[str, Any] = {"step_ms": _GPT_MS}
+    lm: dict[str, Any] = {"step_ms": _MINILM_MS}
+    lora: dict[str, Any] = {"step_ms": (150.0, 500.0, 20.0)}
+    large: dict[str, Any] = {"step_ms": (0.0, 0.0, 40.0), "scales": ("gpu",)}
     return [
-        *rated("finetune", _finetune, _GPT_TUNED, _FINETUNE_STEPS),
-        *rated("lora", _lora, _LORA_TUNED, _FINETUNE_STEPS),
-        *rated("minilm", minilm, _same(2e-4), _MINILM_STEPS),
-        *rated("finetune-124m", big, _same(3e-4), _FINETUNE_STEPS, scales=("gpu",)),
+        *rated("finetune", _finetune, _GPT_TUNED, _FINETUNE_STEPS, **gpt),
+        *rated("lora", _lora, _LORA_TUNED, _FINETUNE_STEPS, **gpt),
+        *rated("minilm", minilm, _same(2e-4), _MINILM_STEPS, **lm),
+        *rated("minilm-lora", adapters, _MINILM_LORA_TUNED, _MINILM_STEPS, **lora),
+        *rated("finetune-124m", big, _same(3e-4), _FINETUNE_STEPS, **large),
     ]
 
 
@@ -176,6 +195,7 @@ def _smooth_cases() -> list[Case]:
             base="adam",
             mode="target",
             scales=("quick", "full"),
+            step_ms=(1.0, 1.0, 0.0),
         )
         tuned = replace(
             default,
@@ -196,14 +216,21 @@ def _stochastic() -> list[Case]:
     big = partial(_pretrain, size="124m")
     family: Family = "stochastic, tuned"
     rates = _GPT_TUNED
+    text: dict[str, Any] = {"step_ms": _GPT_MS}
     tuned = [
-        Case("pretrain-wsd", family, _pretrain, rates, rates, gpt, "wsd"),
-        Case("pretrain-cosine", family, _pretrain, rates, rates, gpt, "cosine"),
-        Case("convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine"),
-        Case("tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine"),
+        Case("pretrain-wsd", family, _pretrain, rates, rates, gpt, "wsd", **text),
+        Case("pretrain-cosine", family, _pretrain, rates, rates, gpt, "cosine", **text),
+        Case(
+            "convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine",
+            step_ms=(4.0, 15.0, 4.0),
+        ),
+        Case(
+            "tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine",
+            step_ms=(0.7, 2.0, 3.0),
+        ),
         Case(
             "pretrain-124m", family, big, _same(6e-4), _same(6e-4), gpt, "wsd",
-            scales=("gpu",),
+            scales=("gpu",), step_ms=(0.0, 0.0, 40.0),
         ),
     ]  # fmt: skip
     low = [
@@ -217,32 +244,45 @@ def _stochastic() -> list[Case]:
     ]
     muon: Rates = {"quick": 1e-2, "full": 5e-3, "gpu": 3e-3}
     other = Case(
-        "pretrain-muon", "other bases", _pretrain, muon, muon, gpt, "wsd", base="muon"
-    )
+        "pretrain-muon", "other bases", _pretrain, muon, muon, gpt, "wsd", "muon",
+        step_ms=(16.0, 100.0, 20.0),
+    )  # fmt: skip
     return [*tuned, *low, other]
 
 
 def _controls() -> list[Case]:
     steps: dict[Scale, int] = {"quick": 1000, "full": 2000, "gpu": 2000}
 
-    def control(name: str, rate: float, schedule: Schedule, base: str) -> Case:
+    def control(
+        name: str,
+        rate: float,
+        schedule: Schedule,
+        family: Family = "controls",
+        step_ms: tuple[float, float, float] = (10.0, 20.0, 4.0),
+    ) -> Case:
         make = partial(_module, module="controls", maker=f"make_{name}")
         return Case(
             f"control-{name.replace('_', '-')}",
-            "controls",
+            family,
             make,
             _same(rate),
             _same(rate),
             steps,
             schedule,
-            base,  # type: ignore[arg-type]
+            "adam",
+            step_ms=step_ms,
         )
 
+    scarce: Family = "controls, scarce data"
+    small = (0.4, 0.4, 2.0)
     return [
-        control("tiny_batch", 1e-2, "linear", "adam"),
-        control("label_noise", 3e-3, "linear", "adam"),
-        control("jump", 3e-3, "constant", "adam"),
-        control("minimax", 1e-2, "linear", "adam"),
+        control("tiny_batch", 3e-3, "linear"),
+        control("label_noise", 1e-3, "linear"),
+        control("jump", 1e-3, "constant"),
+        control("minimax", 1e-2, "linear"),
+        control("tiny_batch_digits", 1e-2, "linear", scarce, small),
+        control("label_noise_digits", 3e-3, "linear", scarce, small),
+        control("jump_digits", 3e-3, "constant", scarce, small),
     ]
 
 

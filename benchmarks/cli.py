@@ -6,25 +6,29 @@ Without an action it runs the cases, without names all of them.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.arms import ABLATIONS, ARMS, PEERS
 from benchmarks.cases import BUDGETS, CASES, Case, select
-from benchmarks.plots import draw_case
-from benchmarks.runner import Run
-from benchmarks.suite import CaseResult, Options, command_line, provenance, run_case
+from benchmarks.collecting import Collected, joined
+from benchmarks.plots import draw
+from benchmarks.pool import Interrupted, interruptible, run_jobs
+from benchmarks.progress import Progress, ordered, shown
+from benchmarks.provenance import command_line, provenance
+from benchmarks.store import load, save
+from benchmarks.suite import Options, runs_of
 from benchmarks.tables import document
+from benchmarks.tasks.base import TaskUnavailableError
 
 __all__ = ["main"]
 
-_ACTIONS = ("run", "list", "report", "tune", "overhead")
+_ACTIONS = ("run", "list", "report", "tune", "overhead", "fetch")
 _RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -34,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["overhead"]:
         # Its options are its own; argparse cannot hand over words that begin with one.
         return _overhead(words[1:])
+    if words[:1] == ["fetch"]:
+        return _fetch(words[1:])
     if not words or words[0] not in (*_ACTIONS, "-h", "--help"):
         words.insert(0, "run")
     parser = _parser()
@@ -55,7 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--arms",
         default="base,hybrid,peers",
-        help="comma-separated names; 'peers' and 'ablations' stand for all of them",
+        help="comma-separated names; 'peers' and 'ablations' stand for all of them, "
+        "'all' for everything",
+    )
+    running.add_argument(
+        "--jobs", type=int, default=1, help="seeds of cases at once, each a process"
+    )
+    running.add_argument(
+        "--minutes",
+        type=float,
+        help="start nothing later; say what is missing",
     )
     running.add_argument("--out", type=Path, default=_RESULTS, help="results folder")
     running.add_argument("--no-plots", action="store_true", help="tables only")
@@ -77,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning.set_defaults(action=_tune)
 
     actions.add_parser("overhead", help="whole-wrapper overhead per step")
+    actions.add_parser("fetch", help="get the real data sets into a folder")
     return parser
 
 
@@ -100,6 +116,8 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def _options(parsed: argparse.Namespace) -> Options:
     torch.set_num_threads(parsed.threads)
+    if getattr(parsed, "jobs", 1) < 1:
+        raise ValueError(f"--jobs {parsed.jobs}: must be >= 1. Use 1 for no workers.")
     device = parsed.device or ("cuda" if parsed.scale == "gpu" else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here. Use --device cpu.")
@@ -114,6 +132,7 @@ def _options(parsed: argparse.Namespace) -> Options:
         data=parsed.data,
         budgets=budgets,
         step_scale=parsed.step_scale,
+        threads=parsed.threads,
     )
 
 
@@ -121,6 +140,8 @@ def _arms(text: str) -> tuple[str, ...]:
     names: list[str] = []
     for word in text.split(","):
         match word.strip():
+            case "all":
+                names += list(ARMS)
             case "peers":
                 names += [arm.name for arm in PEERS]
             case "ablations":
@@ -128,48 +149,52 @@ def _arms(text: str) -> tuple[str, ...]:
             case name if name in ARMS:
                 names.append(name)
             case name:
-                known = ", ".join(("peers", "ablations", *ARMS))
+                known = ", ".join(("all", "peers", "ablations", *ARMS))
                 raise ValueError(f"--arms {name!r}: unknown. Use some of {known}.")
     return tuple(dict.fromkeys(names))
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    """Run the cases; write JSON after each, so that an interruption loses little."""
+    """Run the cases; results are written as they come and when interrupted."""
     options = _options(parsed)
     cases = select(parsed.cases, parsed.scale)
-    meta = provenance(command_line(), options)
+    meta = provenance(command_line(), options, jobs=parsed.jobs)
     parsed.out.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", meta["hardware"].lower()).strip("-")[:24]
     title = parsed.name or (cases[0].name if len(cases) == 1 else "all")
-    stem = f"{title}_{device}_{meta['date']}"
-    results: list[CaseResult] = []
-    for case in cases:
-        print(f"{case.name} ({case.family})", flush=True)
-        results.append(run_case(case, options, _progress))
-        if results[-1].skipped:
-            print(f"  skipped: {results[-1].skipped}", flush=True)
-        if not parsed.no_plots:
-            draw_case(results[-1], parsed.out / f"{stem}_{case.name}.svg")
-        _write(parsed.out / stem, meta, results)
-    print(document(meta, results))
-    print(f"written: {parsed.out / stem}.json, .md and plots")
+    stem = parsed.out / f"{title}_{device}_{meta['date']}"
+    collected = Collected(cases, options, lambda rs: save(_json(stem), meta, rs))
+    jobs = ordered([case.name for case in cases], options)
+    events = run_jobs(jobs, options, parsed.jobs, minutes=parsed.minutes)
+    interrupted = ""
+    try:
+        with interruptible(), shown(Progress(jobs, options)) as show:
+            for event in events:
+                show(event)
+                collected.take(event)
+    except Interrupted as stopped:
+        interrupted = str(stopped)
+    finally:
+        events.close()
+        results = collected.finish()
+    meta["interrupted"] = interrupted
+    save(_json(stem), meta, results)
+    text = document(meta, results)
+    Path(f"{stem}.md").write_text(text, "utf-8")
+    pictures = [] if parsed.no_plots or interrupted else draw(results, stem)
+    print(text)
+    print(f"written: {stem}.json, .md and {len(pictures)} plots")
+    if interrupted:
+        print(f"interrupted by {interrupted}: the table holds what was done until then")
+        return 130
     failed = [r for result in results for r in result.runs if r.failure]
-    return 1 if any(r.arm.startswith("hybrid") for r in failed) else 0
+    broken = any(result.errors for result in results)
+    return 1 if broken or any(r.arm.startswith("hybrid") for r in failed) else 0
 
 
-def _write(stem: Path, meta: dict[str, Any], results: list[CaseResult]) -> None:
-    values = {"meta": meta, "cases": [r.to_dict() for r in results]}
+def _json(stem: Path) -> Path:
     # with_suffix would cut a name at its last dot.
-    Path(f"{stem}.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    Path(f"{stem}.md").write_text(document(meta, results), "utf-8")
-
-
-def _progress(r: Run) -> None:
-    line = (
-        f"  seed {r.seed} {r.arm:22s} {r.fraction:5g} N  loss {r.final_loss:9.5f}  "
-        f"backwards {r.backwards:6d}  cost {r.cost:8.1f}  {r.wall_s:7.2f} s"
-    )
-    print(line + (f"  FAILED {r.failure}" if r.failure else ""), flush=True)
+    return Path(f"{stem}.json")
 
 
 def _list(_: argparse.Namespace) -> int:
@@ -181,12 +206,21 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    """Merge result files: the first file's provenance, every case once."""
-    loaded = [json.loads(path.read_text("utf-8")) for path in parsed.files]
-    results = [CaseResult.from_dict(c) for values in loaded for c in values["cases"]]
-    text = document(loaded[0]["meta"], results)
+    """Merge result files into one table, and plots where a file is written.
+
+    A case that is in several files (other seeds, other arms) becomes one.
+    """
+    loaded = [load(path) for path in parsed.files]
+    results = joined([results for _, results in loaded])
+    meta = dict(loaded[0][0])
+    if len(loaded) > 1:
+        for key in ("command", "commit", "hardware"):
+            meta[key] = "; ".join(dict.fromkeys(str(m[key]) for m, _ in loaded))
+        meta["seeds"] = sorted({seed for m, _ in loaded for seed in m["seeds"]})
+    text = document(meta, results)
     if parsed.out:
         parsed.out.write_text(text, "utf-8")
+        draw(results, parsed.out.with_suffix(""))
     else:
         print(text)
     return 0
@@ -194,12 +228,10 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _tune(parsed: argparse.Namespace) -> int:
     """Print the bare base's loss at N steps for each rate."""
-    from dataclasses import replace
-
     options = _options(parsed)
     for case in select(parsed.cases, parsed.scale):
         for rate in (float(r) for r in parsed.rates.split(",")):
-            losses = _losses(case, rate, options, replace)
+            losses = _losses(case, rate, options)
             mean = sum(losses) / len(losses) if losses else float("nan")
             spread = " ".join(f"{loss:.5g}" for loss in losses)
             print(
@@ -208,14 +240,17 @@ def _tune(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _losses(case: Case, rate: float, options: Options, replace: Any) -> list[float]:
+def _losses(case: Case, rate: float, options: Options) -> list[float]:
     rates = {scale: rate for scale in case.rates}
     tried = replace(case, rates=rates, tuned=rates)
     alone = replace(options, arms=("base",), budgets=(1.0,))
-    result = run_case(tried, alone)
-    if result.skipped:
-        print(f"skipped: {result.skipped}", file=sys.stderr)
-    return [r.final_loss for r in result.runs]
+    found: list[float] = []
+    try:
+        for seed in options.seeds:
+            found += [r.final_loss for r in runs_of(tried, alone, seed)]
+    except TaskUnavailableError as missing:
+        print(f"skipped: {missing}", file=sys.stderr)
+    return found
 
 
 def _overhead(words: Sequence[str]) -> int:
@@ -223,3 +258,9 @@ def _overhead(words: Sequence[str]) -> int:
     from benchmarks import overhead
 
     return overhead.main(words)
+
+
+def _fetch(words: Sequence[str]) -> int:
+    from benchmarks import fetch
+
+    return fetch.main(words)

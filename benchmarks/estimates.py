@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "first_reach",
     "geometric_mean",
     "iso_loss_speedup",
+    "loss_at_amount",
+    "ratio",
     "target_speedup",
 ]
 
-Bound = Literal["exact", "at_least", "at_most"]
+Bound = Literal["exact", "at_least", "at_most", "unclear"]
 REPLICATES = 1000
 """Bootstrap replicates."""
 
@@ -39,7 +42,8 @@ class Estimate:
     value: float
     bound: Bound
     """at_least: the arm went beyond what any baseline run reached; at_most: the arm
-    fell short of the shortest baseline run, or never reached the target."""
+    fell short of the shortest baseline run, or never reached the target; unclear: a
+    quotient of two bounds that says nothing about the truth's side."""
     replicates: tuple[float, ...]
 
     @property
@@ -52,10 +56,15 @@ class Estimate:
         return (ordered[round(0.025 * last)], ordered[round(0.975 * last)])
 
     def __str__(self) -> str:
-        sign = {"exact": "", "at_least": "> ", "at_most": "< "}[self.bound]
         low, high = self.interval
         spread = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-        return f"{sign}{self.value:.2f}x{spread}"
+        return self.short + spread
+
+    @property
+    def short(self) -> str:
+        """The value and how it bounds the truth, without the interval."""
+        signs = {"exact": "", "at_least": "> ", "at_most": "< ", "unclear": "~ "}
+        return f"{signs[self.bound]}{self.value:.2f}x"
 
 
 def amount_at_loss(curve: Sequence[Outcome], loss: float) -> tuple[float, Bound]:
@@ -140,26 +149,31 @@ def first_reach(path: Sequence[Outcome], loss: float) -> float | None:
 
 
 def target_speedup(
-    targets: Sequence[Outcome], paths: Sequence[Sequence[Outcome]], *, seed: int = 0
+    base: Sequence[float],
+    reached: Sequence[float | None],
+    spent: Sequence[float],
+    *,
+    seed: int = 0,
 ) -> Estimate:
-    """Baseline amount over the arm's amount to reach the baseline's final loss.
+    """Baseline amount over the arm's amount to reach the baseline's best loss.
 
     Args:
-        targets: The baseline's end per seed.
-        paths: The arm's course per seed, same order.
+        base: What the baseline took to its best loss, per seed.
+        reached: What the arm took to the same loss, same order of seeds; None where it
+            never got there.
+        spent: All that the arm spent.
         seed: Seed of the bootstrap.
 
-    A seed that never reaches its target counts with the whole amount it spent, and the
-    estimate is then an upper bound.
+    A seed that never reaches its target counts with the whole amount it spent, at least
+    the baseline's, and the estimate is then an upper bound.
     """
     logs: list[float] = []
     bound: Bound = "exact"
-    for target, path in zip(targets, paths, strict=True):
-        reached = first_reach(path, target.loss)
-        if reached is None:
+    for target, amount, total in zip(base, reached, spent, strict=True):
+        if amount is None:
             bound = "at_most"
-            reached = max(path[-1].amount, target.amount)
-        logs.append(math.log(target.amount / reached))
+            amount = max(total, target)
+        logs.append(math.log(target / amount))
 
     def estimate(chosen: Sequence[int]) -> tuple[float, Bound]:
         return math.exp(sum(logs[i] for i in chosen) / len(chosen)), bound
@@ -167,8 +181,39 @@ def target_speedup(
     return _bootstrapped(estimate, len(logs), seed)
 
 
+def ratio(arm: Estimate, reference: Estimate) -> Estimate:
+    """One speedup over another, both over the same baseline, seeds and resamples.
+
+    Where either is a bound, so is the ratio, if its direction is known.
+    """
+    flipped: dict[Bound, Bound] = {"at_least": "at_most", "at_most": "at_least"}
+    kinds = {arm.bound, flipped.get(reference.bound, reference.bound)} - {"exact"}
+    bound: Bound = "exact"
+    if kinds:
+        bound = kinds.pop() if len(kinds) == 1 else "unclear"
+    pairs = zip(arm.replicates, reference.replicates, strict=False)
+    replicates = tuple(a / b for a, b in pairs)
+    return Estimate(arm.value / reference.value, bound, replicates)
+
+
+def loss_at_amount(curve: Sequence[Outcome], amount: float) -> float:
+    """Loss of the baseline with its schedule shortened to ``amount``; linear in log
+    amount between two runs, nan outside of the measured range.
+    """
+    points = sorted((p for p in curve if math.isfinite(p.loss)), key=lambda p: p.amount)
+    for before, after in pairwise(points):
+        # A cost is a sum of thirds: equal to the end of the range up to rounding.
+        if before.amount * (1 - 1e-9) <= amount <= after.amount * (1 + 1e-9):
+            width = math.log(after.amount / before.amount)
+            share = math.log(amount / before.amount) / width if width > 0 else 0.0
+            return before.loss + share * (after.loss - before.loss)
+    return math.nan
+
+
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean speedup over cases; cases are independent, replicates pair by index."""
+    """Mean speedup over cases. Replicates pair by index: cases whose bootstraps have
+    seeds of their own are resampled independently.
+    """
     value = _geometric([e.value for e in estimates])
     bounds = {e.bound for e in estimates} - {"exact"}
     bound: Bound = "exact"
@@ -176,6 +221,8 @@ def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
         # With both kinds of bounds the mean is bounded on neither side: the pessimistic
         # reading is that it is at most this.
         bound = "at_most" if "at_most" in bounds else "at_least"
+        bound = "unclear" if "unclear" in bounds else bound
+    # A case with a single seed has no spread to show; the mean then shows none either.
     size = min(len(e.replicates) for e in estimates)
     columns = zip(*(e.replicates[:size] for e in estimates), strict=True)
     return Estimate(value, bound, tuple(_geometric(list(c)) for c in columns))
@@ -188,11 +235,15 @@ def _bootstrapped(
     if count < 2:
         return Estimate(value, bound, ())
     generator = random.Random(seed)
-    replicates = tuple(
-        estimate([generator.randrange(count) for _ in range(count)])[0]
-        for _ in range(REPLICATES)
-    )
-    return Estimate(value, bound, replicates)
+    # Few seeds have few different resamples: 10 for three, 126 for five.
+    known: dict[tuple[int, ...], float] = {}
+    replicates = []
+    for _ in range(REPLICATES):
+        chosen = tuple(sorted(generator.randrange(count) for _ in range(count)))
+        if chosen not in known:
+            known[chosen] = estimate(chosen)[0]
+        replicates.append(known[chosen])
+    return Estimate(value, bound, tuple(replicates))
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:

@@ -1,84 +1,188 @@
-"""Loss against cost, per case."""
+"""One picture per class, loss against cost and against time, and one of calibration."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration import LEVELS, merged
 from benchmarks.runner import Run
 from benchmarks.suite import CaseResult
 
-__all__ = ["draw_case"]
+__all__ = ["draw", "draw_calibration", "draw_class"]
+
+_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#D55E00")
+"""Okabe and Ito's palette, which the colour-blind can tell apart; two rounds of it, the
+second dashed."""
 
 
-def draw_case(result: CaseResult, path: Path) -> bool:
-    """Draw one case to ``path`` (SVG); False, with nothing written, where matplotlib is
-    missing or the case has no runs.
+def draw(results: Sequence[CaseResult], stem: Path) -> list[Path]:
+    """Draw every class and the calibration beside ``stem``; nothing without matplotlib.
 
-    Schedule mode shows the end of every base run as the curve that arms are judged by;
-    target mode shows the course of every arm. Thin lines are seeds.
+    Returns:
+        The files written.
     """
-    if not result.runs:
-        return False
     try:
         import matplotlib
     except ImportError:
-        return False
-    # Without a display and without touching the user's own figures.
+        return []
+    # Without a display, and text as text: a tenth of the size.
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    written = []
+    for family in dict.fromkeys(r.family for r in results if r.runs):
+        name = "-".join("".join(c if c.isalnum() else " " for c in family).split())
+        path = stem.with_name(f"{stem.name}_{name}.svg")
+        draw_class([r for r in results if r.family == family and r.runs], path)
+        written.append(path)
+    path = stem.with_name(f"{stem.name}_calibration.svg")
+    if draw_calibration(results, path):
+        written.append(path)
+    return written
+
+
+def draw_class(results: Sequence[CaseResult], path: Path) -> None:
+    """One row per case, cost on the left, time on the right.
+
+    Schedule mode: the ends of the base's runs are the curve that the arms' ends (means
+    over seeds) are judged by: left of it and below is better. Target mode: the course
+    of the first seed.
+    """
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    if result.mode == "target":
-        _draw_courses(axes, result)
-        axes.set_yscale("log")
-    else:
-        _draw_ends(axes, result)
-    axes.set(
-        xscale="log",
-        xlabel="cost in real steps (forward 1/3, backward 2/3)",
-        ylabel="loss",
-        title=f"{result.case}: {result.family}",
+    rows = len(results)
+    figure, grid = pyplot.subplots(
+        rows, 2, figsize=(10, 0.8 + 2.9 * rows), squeeze=False, layout="constrained"
     )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
+    styles = _styles(results)
+    for result, row in zip(results, grid, strict=True):
+        clock = "process_s" if result.clock == "process" else "wall_s"
+        units = (
+            "cost, real steps (forward 1/3, backward 2/3)",
+            f"{clock[:-2]} time, s",
+        )
+        for axes, amount, unit in zip(row, ("cost", clock), units, strict=True):
+            _draw(axes, result, amount, styles)
+            axes.set(xscale="log", xlabel=unit, ylabel="loss", title=result.case)
+            if result.mode == "target":
+                axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=6,
+        fontsize=8,
+    )
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _styles(results: Sequence[CaseResult]) -> dict[str, dict[str, Any]]:
+    arms = dict.fromkeys(
+        r.arm for result in results for r in result.runs if ":" not in r.arm
+    )
+    special = {
+        "base": {"color": "black", "linewidth": 1.6, "zorder": 3},
+        "hybrid": {"color": "#D00000", "linewidth": 2.0, "zorder": 4},
+        "base:tuned": {"color": "0.5", "linewidth": 1.2, "linestyle": "--"},
+        "hypergradient:tensor": {"color": "0.7", "linewidth": 1.0},
+    }
+    peers = [arm for arm in arms if arm not in special]
+    for i, arm in enumerate(peers):
+        line = "-" if i < len(_COLOURS) else ":"
+        color = _COLOURS[i % len(_COLOURS)]
+        special[arm] = {"color": color, "linewidth": 1.0, "linestyle": line}
+    return special
+
+
+def _draw(axes: Any, result: CaseResult, amount: str, styles: dict[str, Any]) -> None:
+    for arm, style in styles.items():
+        # Ablations are told apart by the table; twenty more lines tell nothing.
+        runs = [r for r in result.runs if r.arm == arm]
+        if not runs:
+            continue
+        if result.mode == "target":
+            line = _course(min(runs, key=lambda r: r.seed), amount)
+        else:
+            line = _ends(runs, amount)
+        marker = "" if result.mode == "target" else "o"
+        axes.plot(*line, label=arm, marker=marker, markersize=4, **style)
+
+
+def _course(run: Run, amount: str) -> tuple[list[float], list[float]]:
+    points = [p for p in run.points if p.step > 0]
+    return [getattr(p, amount) for p in points], [p.loss for p in points]
+
+
+def _ends(runs: Sequence[Run], amount: str) -> tuple[list[float], list[float]]:
+    xs, ys = [], []
+    for fraction in sorted({r.fraction for r in runs}):
+        chosen = [r for r in runs if r.fraction == fraction and not r.failure]
+        if chosen:
+            xs.append(sum(getattr(r, amount) for r in chosen) / len(chosen))
+            ys.append(sum(r.final_loss for r in chosen) / len(chosen))
+    return xs, ys
+
+
+def draw_calibration(results: Sequence[CaseResult], path: Path) -> bool:
+    """Coverage of the loss forecasts, and measured against expected progress, per class
+    and for the default configuration; False, and nothing written, without any.
+    """
+    notes = {
+        family: merged(
+            r.calibration
+            for result in results
+            if result.family == family
+            for r in result.runs
+            if r.arm == "hybrid"
+        )
+        for family in dict.fromkeys(r.family for r in results)
+    }
+    known = {family: found for family, found in notes.items() if found}
+    if not any(found["loss"][0] for found in known.values()):
+        return False
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4.6), layout="constrained"
+    )
+    for i, (family, found) in enumerate(known.items()):
+        line = "-" if i < len(_COLOURS) else ":"
+        style = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": line,
+            "label": family,
+        }
+        count, *within = found["loss"]
+        if count:
+            shares = [w / count for w in within]
+            left.plot(LEVELS, shares, marker="o", markersize=3, **style)
+        bins = [(said / n, came / n) for n, said, came in found["progress"] if n >= 5]
+        right.plot(
+            [said for said, _ in bins],
+            [came for _, came in bins],
+            marker="o",
+            markersize=3,
+            **style,
+        )
+    left.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    left.set(xlabel="nominal share of the interval", ylabel="share of losses inside it")
+    left.set(title="loss forecast")
+    ends = [0.01, 2.0 ** math.ceil(math.log2(32))]
+    right.plot(ends, ends, color="black", linewidth=0.8)
+    right.set(xscale="log", xlabel="progress expected, base steps", title="moves")
+    right.set_yscale("symlog", linthresh=0.05)
+    right.set(ylabel="progress measured")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
     figure.savefig(path)
     pyplot.close(figure)
     return True
-
-
-def _arms(result: CaseResult) -> list[str]:
-    return list(dict.fromkeys(r.arm for r in result.runs))
-
-
-def _draw_ends(axes: Any, result: CaseResult) -> None:
-    for number, arm in enumerate(_arms(result)):
-        for position, seed in enumerate(sorted({r.seed for r in result.runs})):
-            runs = [r for r in result.runs if r.arm == arm and r.seed == seed]
-            ends = sorted((r.cost, r.final_loss) for r in runs)
-            axes.plot(
-                [cost for cost, _ in ends],
-                [loss for _, loss in ends],
-                marker="o",
-                markersize=4,
-                linestyle="-" if arm == "base" else ":",
-                linewidth=1,
-                color=f"C{number % 10}",
-                label=arm if position == 0 else None,
-            )
-
-
-def _draw_courses(axes: Any, result: CaseResult) -> None:
-    for number, arm in enumerate(_arms(result)):
-        runs: Sequence[Run] = [r for r in result.runs if r.arm == arm]
-        for position, r in enumerate(runs):
-            points = [p for p in r.points if p.cost > 0]
-            axes.plot(
-                [p.cost for p in points],
-                [p.loss for p in points],
-                linewidth=1,
-                color=f"C{number % 10}",
-                label=arm if position == 0 else None,
-            )

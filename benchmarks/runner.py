@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.arms import Arm, Setup, Stepper
+from benchmarks.batchnorm import recalibrated
 from benchmarks.counting import Meter, live_tensor_bytes
+from benchmarks.estimates import Outcome, first_reach
 
 __all__ = ["Limits", "Point", "Run", "Task", "evaluation_steps", "run"]
 
@@ -79,20 +81,41 @@ class Run:
     final_loss: float = math.nan
     error: float = math.nan
     """The task's own error at the end, where it differs from the loss."""
+    objective: float = math.nan
+    """Training objective at the end, on a fixed large part of the training data: tells
+    a slower optimizer from a faster one that overfits. nan where the loss is it."""
+    done: int = 0
+    """Scheduled steps made."""
+    reached: list[float] | None = None
+    """Target mode: cost, wall and process seconds at which the loss first was as low as
+    the base's best; None if it never was."""
     failure: str = ""
     """Exception that ended the run, if one did."""
     points: list[Point] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """How the forecasts of a hybrid arm came out, see ``benchmarks.calibration``."""
+
+    def note_target(self, loss: float) -> None:
+        """Set ``reached`` from the points: each amount log-linear between two."""
+        paths = (
+            [
+                Outcome(p.loss, amount)
+                for p, amount in zip(self.points, row, strict=True)
+            ]
+            for row in (
+                [p.cost for p in self.points],
+                [p.wall_s for p in self.points],
+                [p.process_s for p in self.points],
+            )
+        )
+        found = [first_reach(path, loss) for path in paths]
+        known = [amount for amount in found if amount is not None]
+        self.reached = known if len(known) == len(found) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Back from plain values."""
-        points = [Point(**p) for p in values["points"]]
-        return cls(**{**values, "points": points})
 
 
 def evaluation_steps(steps: int, limits: Limits) -> list[int]:
@@ -136,9 +159,13 @@ def run(task: Task, arm: Arm, setup: Setup, account: Run, limits: Limits) -> Run
         account.peak_bytes = live_tensor_bytes() - held_before
     if account.points and not account.failure:
         account.final_loss = account.points[-1].loss
-        account.error = task.evaluate() if _full_batch(task) else account.final_loss
+        account.error = task.evaluate() if _full_batch(task) else math.nan
+        account.objective = _objective(task, stepper)
+    if account.points:
+        account.done = account.points[-1].step
     if stepper is not None:
-        account.statistics = _plain(stepper.statistics())
+        account.statistics = _chosen(stepper.statistics())
+        account.calibration = stepper.calibration()
         spent = account.statistics.get("bookkeeping_s")
         if isinstance(spent, float) and meter.wall_s > 0:
             account.bookkeeping_share = spent / meter.wall_s
@@ -174,24 +201,31 @@ def _loss(task: Task, stepper: Stepper) -> float:
     optimization problems, the training loss itself.
     """
     with stepper.evaluation():
-        if not _full_batch(task):
+        if _full_batch(task):
+            with torch.no_grad():
+                return float(task.closure())
+        if not stepper.judged_elsewhere:
             return task.evaluate()
-        with torch.no_grad():
-            return float(task.closure())
+        with recalibrated(task):
+            return task.evaluate()
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Only what JSON can hold, one level of nesting; the rest as text."""
-    simple = (bool, int, float, str, type(None))
-    return {
-        str(key): value if isinstance(value, simple) else _nested(value)
-        for key, value in values.items()
-    }
+def _objective(task: Task, stepper: Stepper | None) -> float:
+    """The training objective, where a task tells it apart from its held-out loss."""
+    measure = getattr(task, "objective", None)
+    if measure is None or stepper is None:
+        return math.nan
+    with stepper.evaluation():
+        return float(measure())
 
 
-def _nested(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): str(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [str(v) for v in value]
-    return str(value)
+_STATISTICS = (
+    "steps", "real_steps", "predicted_steps", "validated_steps", "folded_moves",
+    "secant_moves", "rolled_back_steps", "skipped_steps", "bookkeeping_s",
+    "predictor_error", "extra_bytes", "kernels",
+)  # fmt: skip
+
+
+def _chosen(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the optimizer's own figures those that tables or readers use."""
+    return {key: values[key] for key in _STATISTICS if key in values}

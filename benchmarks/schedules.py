@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-__all__ = ["Schedule", "factor"]
+__all__ = ["Schedule", "factor", "warmup"]
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
@@ -20,7 +20,7 @@ def factor(schedule: Schedule, total_steps: int) -> Callable[[int], float]:
     the factor of the last step holds.
     """
     n = max(1, total_steps)
-    warmup = max(1, n // 20)
+    rising = max(1, n // 20)
     decay = max(1, n // 4)
 
     def value(step: int) -> float:
@@ -29,10 +29,15 @@ def factor(schedule: Schedule, total_steps: int) -> Callable[[int], float]:
             return 1.0
         if schedule == "linear":
             return (n - t) / n
-        rise = min(1.0, (t + 1) / warmup)
+        rise = min(1.0, (t + 1) / rising)
         if schedule == "wsd":
             return min(rise, (n - t) / decay)
-        progress = max(0, t - warmup + 1) / max(1, n - warmup + 1)
+        progress = max(0, t - rising + 1) / max(1, n - rising + 1)
         return rise * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return value
+
+
+def warmup(schedule: Schedule, total_steps: int) -> int:
+    """Steps of the schedule's warm-up; 0 where it has none."""
+    return max(1, total_steps // 20) if schedule in ("cosine", "wsd") else 0

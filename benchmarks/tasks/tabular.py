@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import io
 import zipfile
@@ -72,7 +73,7 @@ def _source(data: Path | None) -> Path:
         TaskUnavailableError: Neither is found.
     """
     if data is not None:
-        for pattern in ("diamonds.csv", "plotnine-*.whl"):
+        for pattern in ("diamonds.csv", "diamonds.csv.gz", "plotnine-*.whl"):
             for path in sorted(data.rglob(pattern)):
                 return path
     spec = importlib.util.find_spec("plotnine")
@@ -80,8 +81,8 @@ def _source(data: Path | None) -> Path:
         return Path(spec.origin).parent / "data" / "diamonds.csv"
     raise TaskUnavailableError(
         "diamonds: plotnine is not installed and --data names no folder with "
-        "diamonds.csv or plotnine's wheel. pip download --no-deps plotnine -d FOLDER, "
-        "then --data FOLDER."
+        "diamonds.csv or plotnine's wheel. python -m benchmarks fetch FOLDER (or "
+        "pip download --no-deps plotnine -d FOLDER), then --data FOLDER."
     )
 
 
@@ -91,6 +92,8 @@ def diamonds(path: Path) -> Pair:
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             text = wheel.read("plotnine/data/diamonds.csv").decode()
+    elif path.suffix == ".gz":
+        text = gzip.decompress(path.read_bytes()).decode()
     else:
         text = path.read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(text)))

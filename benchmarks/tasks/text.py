@@ -1,7 +1,14 @@
-"""Real text that is on every machine with Python and torch: their own sources."""
+"""Real text that is on every machine with Python and torch: their own sources.
+
+They differ between versions. ``python -m benchmarks fetch`` keeps a snapshot, which is
+read instead where ``--data`` has it, so that machines see the same text.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import lzma
 import sysconfig
 import zlib
 from collections.abc import Iterable
@@ -14,7 +21,15 @@ from torch import Tensor
 
 from benchmarks.tasks.base import TaskUnavailableError, batch_generator
 
-__all__ = ["Corpus", "cpp_headers", "held_out_windows", "python_source", "windows"]
+__all__ = [
+    "Corpus",
+    "cpp_headers",
+    "held_out_windows",
+    "python_source",
+    "raw_bytes",
+    "windows",
+    "write_snapshot",
+]
 
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
 
@@ -28,20 +43,55 @@ class Corpus:
     held_out: Tensor
     """(m,) uint8; every tenth file."""
 
+    @property
+    def digest(self) -> str:
+        """Short name of this very text, for caches of what was trained on it."""
+        content = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            content.update(raw_bytes(part))
+        return content.hexdigest()[:12]
+
 
 @lru_cache(maxsize=4)
-def python_source(limit_bytes: int = 4_000_000) -> Corpus:
-    """The standard library's own source; differs between Python versions."""
+def python_source(limit_bytes: int = 4_000_000, data: Path | None = None) -> Corpus:
+    """The standard library's own source."""
+    kept = _snapshot(data, "python")
+    if kept is not None:
+        return kept
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (p for p in root.rglob("*.py") if not _SKIPPED & set(p.parts))
     return _corpus(root, files, limit_bytes)
 
 
 @lru_cache(maxsize=4)
-def cpp_headers(limit_bytes: int = 4_000_000) -> Corpus:
+def cpp_headers(limit_bytes: int = 4_000_000, data: Path | None = None) -> Corpus:
     """The C++ headers that the torch wheel carries."""
+    kept = _snapshot(data, "headers")
+    if kept is not None:
+        return kept
     root = Path(torch.__file__).parent / "include"
     return _corpus(root, root.rglob("*.h"), limit_bytes)
+
+
+PARTS = ("train", "held")
+
+
+def write_snapshot(folder: Path, name: str, corpus: Corpus) -> None:
+    """Keep a corpus as ``NAME.train.xz`` and ``NAME.held.xz``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, text in zip(PARTS, (corpus.train, corpus.held_out), strict=True):
+        packed = lzma.compress(raw_bytes(text), preset=9)
+        (folder / f"{name}.{part}.xz").write_bytes(packed)
+
+
+def _snapshot(data: Path | None, name: str) -> Corpus | None:
+    if data is None:
+        return None
+    files = [data / "text" / f"{name}.{part}.xz" for part in PARTS]
+    if not all(path.exists() for path in files):
+        return None
+    texts = (bytearray(lzma.decompress(path.read_bytes())) for path in files)
+    return Corpus(*(torch.frombuffer(text, dtype=torch.uint8) for text in texts))
 
 
 def _corpus(root: Path, files: Iterable[Path], limit_bytes: int) -> Corpus:
@@ -70,6 +120,11 @@ def _corpus(root: Path, files: Iterable[Path], limit_bytes: int) -> Corpus:
         torch.frombuffer(bytearray(b"\n".join(p)), dtype=torch.uint8) for p in parts
     )
     return Corpus(train, held_out)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A contiguous CPU tensor's memory; torch has no quick way to it without numpy."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> Tensor:

@@ -8,10 +8,17 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.cases import CASES, select
-from benchmarks.plots import draw_case
+from benchmarks.plots import draw
 from benchmarks.runner import Point, Run
 from benchmarks.suite import CaseResult
-from benchmarks.summary import TARGETS, arm_figures, class_figures, same_steps
+from benchmarks.summary import (
+    TARGETS,
+    against_default,
+    arm_figures,
+    class_figures,
+    same_steps,
+)
+from benchmarks.tables import document
 
 SMALL = ["--seeds", "1", "--step-scale", "0.01", "--budgets", "0.5,1", "--no-plots"]
 
@@ -82,7 +89,7 @@ def test_every_class_has_a_case_at_quick_scale():
 
 def test_select_by_exact_name_takes_only_that_case():
     assert [c.name for c in select(["pretrain-wsd"], "quick")] == ["pretrain-wsd"]
-    assert len(select(["controls"], "quick")) == 4
+    assert len(select(["controls"], "quick")) == 7
 
 
 def finished(arm: str, fraction: float, steps: int, backwards: int, loss: float) -> Run:
@@ -91,6 +98,8 @@ def finished(arm: str, fraction: float, steps: int, backwards: int, loss: float)
     run.cost, run.wall_s = float(backwards), backwards * 0.1
     run.process_s = run.cost
     run.final_loss = loss
+    run.done = steps
+    run.reached = [run.cost, run.wall_s, run.process_s]
     run.points = [Point(steps, run.cost, run.wall_s, run.process_s, loss)]
     return run
 
@@ -109,7 +118,7 @@ def test_figures_of_a_known_case():
     hybrid = next(f for f in arm_figures(example()) if f.arm == "hybrid")
     assert hybrid.backward_reduction == pytest.approx(0.85)
     assert hybrid.cost_speedup.value == pytest.approx(100 / 15)
-    assert hybrid.wall_speedup.value == pytest.approx(100 / 15)
+    assert hybrid.time_speedup("wall").value == pytest.approx(100 / 15)
     assert hybrid.base_loss == 3.0
 
 
@@ -140,9 +149,10 @@ def test_only_the_headline_length_is_judged():
 
 def test_a_failed_run_fails_its_class():
     broken = example()
+    broken.case = "broken"
     broken.runs[-1].failure = "RuntimeError: broke"
     (figures,) = class_figures([example(), broken], "hybrid")
-    assert figures.failed
+    assert figures.lost == ("broken",)
     assert figures.verdict == "fail"
 
 
@@ -154,14 +164,56 @@ def test_same_steps_asks_for_fewer_backwards_at_no_higher_loss():
 
 
 @pytest.mark.parametrize("mode", ["schedule", "target"])
-def test_plot_is_drawn_or_declined(mode, tmp_path):
+def test_plots_are_one_per_class(mode, tmp_path):
     pytest.importorskip("matplotlib")
     result = example()
     result.mode = mode
     for r in result.runs:
         r.points.insert(0, Point(0, 0.0, 0.0, 0.0, 4.0))
-    assert draw_case(result, tmp_path / "case.svg")
-    assert (tmp_path / "case.svg").read_text().count("<path") > 5
-    empty = CaseResult("case", "controls", mode, 1.0, skipped="no data")
-    assert not draw_case(empty, tmp_path / "none.svg")
-    assert not (tmp_path / "none.svg").exists()
+    empty = CaseResult("none", "controls", mode, 1.0, skipped="no data")
+    (path,) = draw([result, empty], tmp_path / "all")
+    assert path.name == "all_fine-tuning-conservative.svg"
+    assert path.read_text().count("<path") > 5
+
+
+def test_pairing_takes_the_seeds_that_both_have():
+    result = example()
+    for fraction in (0.5, 1, 2):
+        other = finished("base", fraction, 1, round(100 * fraction), 9.0)
+        other.seed = 1
+        result.runs.append(other)
+    figures = {(f.arm, f.fraction): f for f in arm_figures(result)}
+    assert figures["hybrid", 1.0].cost_speedup.value == pytest.approx(100 / 15)
+    assert figures["hybrid", 1.0].base_loss == 3.0
+    assert figures["base", 1].seeds == 2
+
+
+def test_shortened_schedule_is_the_base_at_the_same_cost():
+    result = example()
+    result.runs[-1] = finished("hybrid", 1.0, 100, 50, 2.9)
+    (hybrid,) = [f for f in arm_figures(result) if f.arm == "hybrid"]
+    assert hybrid.base_loss_same_cost == pytest.approx(3.5)
+
+
+def test_ablation_is_compared_with_the_default_on_the_same_cases():
+    result = example()
+    result.runs.append(finished("hybrid:no-drift", 1.0, 100, 30, 3.0))
+    quotient = against_default([result], "hybrid:no-drift", by_time=False)
+    assert quotient["fine-tuning, conservative"].value == pytest.approx(0.5)
+
+
+def test_document_puts_targets_first_and_hides_nothing():
+    result = example()
+    result.runs.append(finished("ema", 1.0, 100, 100, 3.0))
+    result.missing = ["seeds 1: not run: everything"]
+    absent = CaseResult("gone", "controls", "schedule", 1.0, skipped="no data here")
+    meta = {
+        "versions": {"python": "3"}, "command": "c", "commit": "abc", "date": "d",
+        "scale": "quick", "seeds": [0], "hardware": "h", "threads": 1,
+    }  # fmt: skip
+    text = document(meta, [result, absent])
+    assert "gone: skipped. no data here" in text
+    assert "case: seeds 1: not run: everything" in text
+    row = "| fine-tuning, conservative | 1/1 | 6x / 15x | yes | 6.67x | 1.00x |"
+    assert row in text
+    assert text.index(row) < text.index("### case")

@@ -15,6 +15,8 @@ from benchmarks.estimates import (
     first_reach,
     geometric_mean,
     iso_loss_speedup,
+    loss_at_amount,
+    ratio,
     target_speedup,
 )
 
@@ -111,16 +113,48 @@ def test_first_reach_interpolates_between_evaluations():
 
 
 def test_target_speedup_is_the_geometric_mean_over_seeds():
-    targets = [Outcome(2.0, 80.0), Outcome(2.0, 320.0)]
-    estimate = target_speedup(targets, [CURVE, CURVE])
+    estimate = target_speedup([80.0, 320.0], [40.0, 40.0], [50.0, 60.0])
     assert estimate.value == pytest.approx(4.0)
+    assert estimate.bound == "exact"
     low, high = estimate.interval
     assert (low, high) == (pytest.approx(2.0), pytest.approx(8.0))
 
 
 def test_target_never_reached_is_an_upper_bound():
-    estimate = target_speedup([Outcome(1.0, 20.0)], [CURVE])
+    estimate = target_speedup([20.0], [None], [40.0])
     assert (estimate.value, estimate.bound) == (pytest.approx(0.5), "at_most")
+
+
+def test_ratio_of_two_arms_cancels_the_baseline():
+    rows = [[point, point] for point in CURVE]
+    fast = iso_loss_speedup(rows, [Outcome(2.0, 10.0)] * 2, seed=3)
+    slow = iso_loss_speedup(rows, [Outcome(2.0, 20.0)] * 2, seed=3)
+    quotient = ratio(slow, fast)
+    assert quotient.value == pytest.approx(0.5)
+    assert quotient.interval == (pytest.approx(0.5), pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(
+    ("arm", "reference", "bound"),
+    [
+        ("exact", "exact", "exact"),
+        ("at_least", "exact", "at_least"),
+        ("exact", "at_least", "at_most"),
+        ("exact", "at_most", "at_least"),
+        ("at_most", "at_least", "at_most"),
+        ("at_most", "at_most", "unclear"),
+        ("at_least", "at_least", "unclear"),
+    ],
+)
+def test_ratio_of_bounds_claims_no_more_than_it_knows(arm, reference, bound):
+    assert ratio(Estimate(2.0, arm, ()), Estimate(1.0, reference, ())).bound == bound
+
+
+def test_loss_of_a_shortened_schedule_is_between_its_neighbours():
+    assert loss_at_amount(CURVE, 20.0) == pytest.approx(3.0)
+    assert loss_at_amount(CURVE, math.sqrt(20 * 40)) == pytest.approx(2.5)
+    assert math.isnan(loss_at_amount(CURVE, 9.0))
+    assert math.isnan(loss_at_amount(CURVE, 41.0))
 
 
 def test_geometric_mean_keeps_the_pessimistic_bound():

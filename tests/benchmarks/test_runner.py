@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from itertools import pairwise
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.arms import ARMS, Arm, Setup, Stepper
+from benchmarks.batchnorm import recalibrated
 from benchmarks.counting import Meter, live_tensor_bytes
-from benchmarks.runner import Limits, Run, evaluation_steps, run
+from benchmarks.runner import Limits, Point, Run, evaluation_steps, run
 from benchmarks.schedules import factor
 from benchmarks.tasks.base import BatchTask
 
@@ -88,6 +88,11 @@ def test_real_steps_of_every_arm_see_the_same_batches():
     seen_fake: list[int] = []
     run(make_task(seen_base), ARMS["base"], SETUP, account("base"), Limits())
     run(make_task(seen_fake), FAKE, SETUP, account(), Limits())
+    # What lies beyond is the training objective's.
+    seen_base, seen_fake = (
+        [i for i in seen if i < BatchTask.OBJECTIVE_START]
+        for seen in (seen_base, seen_fake)
+    )
     assert seen_base == list(range(12))
     # A validation peeks at the next batch and leaves it for the real step.
     assert seen_fake == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8]
@@ -165,11 +170,50 @@ def test_repeated_runs_are_identical():
     assert [p.loss for p in first.points] == [p.loss for p in second.points]
 
 
-def test_run_survives_json():
-    result = run(make_task(), FAKE, SETUP, account(), Limits())
-    loaded = Run.from_dict(json.loads(json.dumps(result.to_dict())))
-    assert loaded.points == result.points
-    assert loaded.statistics["nested"] == {"a": "1"}
+def test_target_is_reached_between_two_points():
+    made = account()
+    made.points = [
+        Point(0, 0.0, 0.0, 0.0, 4.0),
+        Point(10, 10.0, 1.0, 2.0, 3.0),
+        Point(40, 40.0, 4.0, 8.0, 2.0),
+    ]
+    made.note_target(2.5)
+    assert made.reached == [pytest.approx(20.0), pytest.approx(2.0), pytest.approx(4.0)]
+    made.note_target(1.0)
+    assert made.reached is None
+
+
+def test_objective_is_the_training_loss_and_changes_nothing():
+    task = make_task()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    value = task.objective()
+    assert value == task.objective() > 0.0
+    assert task.index == 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True)
+    )
+    result = run(task, ARMS["base"], SETUP, account("base"), Limits())
+    assert result.objective == pytest.approx(task.objective())
+    assert result.objective < value
+
+
+def test_averaged_weights_get_batch_statistics_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    x = torch.randn(640, 3)
+
+    def loss(rows: Tensor) -> Tensor:
+        return model(rows).square().mean()
+
+    task = BatchTask(model, loss, lambda i: x[i % 10 * 64 :][:64], lambda: 0.0)
+    task.closure()
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    with recalibrated(task):
+        hidden = model[0](torch.cat([task.batch(i) for i in range(16)]))
+        torch.testing.assert_close(model[1].running_mean, hidden.mean(0).detach())
+    assert model.training
+    assert model[1].momentum == 0.1
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
 
 
 def test_evaluation_steps_end_at_the_last_and_grow_on_request():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.tasks import controls, convnet, finetune_gpt, pretrain_gpt, tabular
+from benchmarks.tasks import (
+    controls,
+    convnet,
+    finetune_gpt,
+    pretrain_gpt,
+    smooth,
+    tabular,
+)
 from benchmarks.tasks.base import (
     EpochOrder,
     Setting,
@@ -19,7 +27,14 @@ from benchmarks.tasks.base import (
 )
 from benchmarks.tasks.gpt import SIZES
 from benchmarks.tasks.lora import Adapted, add_adapters
-from benchmarks.tasks.text import cpp_headers, held_out_windows, python_source
+from benchmarks.tasks.text import (
+    Corpus,
+    cpp_headers,
+    held_out_windows,
+    python_source,
+    raw_bytes,
+    write_snapshot,
+)
 
 CSV = "carat,cut,color,clarity,depth,table,price,x,y,z\n" + "\n".join(
     f"{0.2 + i / 100},{('Ideal', 'Good')[i % 2]},{'DEF'[i % 3]},SI{1 + i // 2 % 2},"
@@ -43,11 +58,14 @@ MAKERS = {
     "pretrain": pretrain_gpt.make,
     "finetune": finetune_gpt.make,
     "lora": finetune_gpt.make_lora,
-    "convnet": convnet.make,
+    "convnet": convnet.make_digits,
     "tabular": tabular.make,
     "tiny_batch": controls.make_tiny_batch,
     "label_noise": controls.make_label_noise,
     "jump": controls.make_jump,
+    "tiny_batch_digits": controls.make_tiny_batch_digits,
+    "label_noise_digits": controls.make_label_noise_digits,
+    "jump_digits": controls.make_jump_digits,
     "minimax": controls.make_minimax,
 }
 
@@ -71,7 +89,7 @@ def losses(make, setting: Setting, steps: int = 3) -> list[float]:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_task_is_deterministic_per_seed(name, data, tmp_path, monkeypatch):
-    if name not in ("pretrain", "finetune", "lora", "minimax", "tabular"):
+    if name == "convnet" or name.endswith("digits"):
         pytest.importorskip("sklearn")
     no_pretraining(monkeypatch, tmp_path / "cache")
     setting = Setting(seed=3, data=data)
@@ -86,7 +104,7 @@ def test_task_is_deterministic_per_seed(name, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_task_keeps_the_users_random_numbers(name, data, tmp_path, monkeypatch):
-    if name not in ("pretrain", "finetune", "lora", "minimax", "tabular"):
+    if name == "convnet" or name.endswith("digits"):
         pytest.importorskip("sklearn")
     no_pretraining(monkeypatch, tmp_path / "cache")
     MAKERS[name](Setting(data=data))
@@ -123,11 +141,36 @@ def test_corpora_hold_back_whole_files():
         assert torch.equal(windows, held_out_windows(corpus.held_out, 8, 65))
 
 
+def test_snapshot_of_text_is_read_instead_of_this_machines(tmp_path):
+    corpus = Corpus(
+        torch.arange(200, dtype=torch.uint8), torch.arange(9, dtype=torch.uint8)
+    )
+    write_snapshot(tmp_path / "text", "python", corpus)
+    kept = python_source(data=tmp_path)
+    assert torch.equal(kept.train, corpus.train)
+    assert torch.equal(kept.held_out, corpus.held_out)
+    assert kept.digest == corpus.digest
+    other = Corpus(corpus.train.flip(0), corpus.held_out)
+    assert other.digest != corpus.digest
+    assert len(cpp_headers(500_000, tmp_path).train) > 200
+
+
+def test_water_table_replaces_the_package(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    rows = [f"{600 + i},{6 + i % 7 / 10},{1e6 + 3 * i},{i % 5}" for i in range(40)]
+    (tmp_path / "water.csv").write_text("\n".join(["t,p,h,d", *rows]) + "\n")
+    monkeypatch.setattr(smooth, "steam_table", lambda: pytest.fail("read the table"))
+    task = smooth.make("water", 0, tmp_path)
+    loss = task.closure()
+    loss.backward()
+    assert 0.0 < float(loss.detach()) < 10.0
+
+
 def test_pretrained_weights_are_made_once(tmp_path, monkeypatch):
     no_pretraining(monkeypatch, tmp_path)
     made = finetune_gpt.pretrained("tiny", Setting())
     files = list(tmp_path.iterdir())
-    assert len(files) == 1
+    assert [f.suffix for f in files] == [".pt"]
     cached = finetune_gpt.pretrained("tiny", Setting(seed=7))
     assert list(tmp_path.iterdir()) == files
     assert all(torch.equal(made[k], cached[k]) for k in made)
@@ -173,31 +216,66 @@ def test_batch_generators_of_neighbours_differ():
     assert len(draws) == 16
 
 
-def test_jump_renames_labels_half_way_through_the_schedule():
-    pytest.importorskip("sklearn")
-    task = controls.make_jump(Setting())
+@pytest.mark.parametrize("make", [controls.make_jump, controls.make_jump_digits])
+def test_jump_renames_labels_half_way_through_the_schedule(make):
+    if make is controls.make_jump_digits:
+        pytest.importorskip("sklearn")
+    task = make(Setting())
     task.begin_step(4, 10)
-    before, judged = task.batch(0)[1], task.evaluate()
+    before, judged, objective = task.batch(0)[1], task.evaluate(), task.objective()
     task.begin_step(5, 10)
     assert torch.equal(task.batch(0)[1], (before + 3) % 10)
     assert task.evaluate() != judged
+    assert task.objective() != objective
 
 
 def test_label_noise_spoils_training_only():
-    pytest.importorskip("sklearn")
     task = controls.make_label_noise(Setting())
     clean = controls.make_tiny_batch(Setting())
     clean.model.load_state_dict(task.model.state_dict())
     assert task.evaluate() == clean.evaluate()
+    wrong = []
+    for i in range(40):
+        x, y = controls.stream(32, batch_generator(0, i))
+        noisy_x, noisy_y = task.batch(i)
+        assert torch.equal(x, noisy_x)
+        wrong.append((noisy_y != y).float().mean())
+    assert 0.44 < float(torch.stack(wrong).mean()) < 0.64
+
+
+def test_label_noise_on_digits_is_as_strong():
+    pytest.importorskip("sklearn")
+    task = controls.make_label_noise_digits(Setting())
     y = convnet.digits()[1]
     order = EpochOrder(1400, 32, 0)
     wrong = [(task.batch(i)[1] != y[order(i)]).float().mean() for i in range(20)]
     assert 0.4 < float(torch.stack(wrong).mean()) < 0.68
 
 
+@pytest.mark.parametrize("make", [pretrain_gpt.make, controls.make_label_noise])
+def test_objective_draws_batches_that_no_run_sees(make):
+    task = make(Setting())
+
+    def drawn(start: int) -> set[bytes]:
+        batches = (task.batch(start + i) for i in range(16))
+        return {raw_bytes(b[0] if isinstance(b, tuple) else b) for b in batches}
+
+    assert not drawn(0) & drawn(task.OBJECTIVE_START)
+
+
+def test_stream_never_repeats_and_has_something_to_learn():
+    x, y = controls.stream(4000, batch_generator(0, 0))
+    assert not torch.equal(x[:32], controls.stream(32, batch_generator(0, 1))[0])
+    assert len(y.bincount(minlength=10)) == 10
+    first, second = controls._teacher()
+    loss = torch.nn.functional.cross_entropy(torch.tanh(x @ first) @ second, y)
+    # The teacher itself is far better than guessing, and not perfect.
+    assert 0.2 < float(loss) < 1.6
+
+
 def test_minimax_reverses_the_second_players_gradient():
     task = controls.make_minimax(Setting())
-    noise = torch.zeros(32, 32)
+    noise = torch.zeros(task.model.A.shape)
     task.model(noise).backward()
     x, y, a = task.model.x.detach(), task.model.y.detach(), task.model.A
     torch.testing.assert_close(task.model.x.grad, a @ y + 0.3 * x)
@@ -210,14 +288,20 @@ def test_tabular_without_data_says_how_to_get_it(tmp_path, monkeypatch):
         tabular.make(Setting(data=tmp_path))
 
 
-def test_convnet_reads_fashion_mnist_files(tmp_path):
-    import gzip
-
+def fashion_arrays() -> dict[str, bytes]:
+    """Gzip files of the original format, by name."""
+    files = {}
     for part, count in (("train", 256), ("t10k", 16)):
         images = bytes(16) + bytes(range(256)) * (count * 784 // 256)
         labels = bytes(8) + bytes(i % 10 for i in range(count))
         for kind, raw in (("images-idx3", images), ("labels-idx1", labels)):
-            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(raw))
+            files[f"{part}-{kind}-ubyte.gz"] = gzip.compress(raw)
+    return files
+
+
+def test_convnet_reads_fashion_mnist_files(tmp_path):
+    for name, content in fashion_arrays().items():
+        (tmp_path / name).write_bytes(content)
     task = convnet.make(Setting(data=tmp_path))
     x, y = task.batch(0)
     assert x.shape == (128, 1, 28, 28)
@@ -225,9 +309,15 @@ def test_convnet_reads_fashion_mnist_files(tmp_path):
     task.closure().backward()
 
 
+def test_convnet_without_data_says_how_to_get_it(tmp_path):
+    for data in (None, tmp_path):
+        with pytest.raises(TaskUnavailableError, match="benchmarks fetch"):
+            convnet.make(Setting(data=data))
+
+
 def test_convnet_evaluation_leaves_batch_statistics_and_mode_alone():
     pytest.importorskip("sklearn")
-    task = convnet.make(Setting())
+    task = convnet.make_digits(Setting())
     before = {k: v.clone() for k, v in task.model.state_dict().items()}
     task.evaluate()
     assert task.model.training
