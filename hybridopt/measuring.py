@@ -71,14 +71,20 @@ def digest(run: Run, taken: Pending) -> Observation:
     )
 
 
-def learn(run: Run, observation: Observation) -> None:
-    """Let every learner take in an accepted observation."""
+def learn(run: Run, observation: Observation, anchored: bool) -> None:
+    """Let every learner take in an accepted observation.
+
+    Args:
+        run: Changed.
+        observation: What the step measured.
+        anchored: Whether it had a displacement to measure along.
+    """
     correcting.learn(run, observation)
     outcome = run.controller.outcome(observation, rolled_back=False)
     if outcome is not None and observation.move is not None:
         run.controller.learn(observation.move, outcome)
         run.predictor.feedback(outcome)
-    if not run.controller.asleep and run.space.anchored:
+    if anchored and not run.controller.asleep:
         run.predictor.observe(observation)
     if math.isfinite(observation.loss):
         if math.isfinite(observation.expected_loss):
@@ -126,7 +132,7 @@ def settle(run: Run) -> tuple[Observation, Verdict] | None:
         run.counters.real_steps -= 1
         count_skip(run, observation, verdict)
         return None
-    learn(run, observation)
+    learn(run, observation, taken.anchored)
     advance(run, observation, planned=run.controller.plan.horizon > 0)
     return observation, verdict
 

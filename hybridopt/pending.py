@@ -28,6 +28,8 @@ class Pending:
     has_loss: bool
     rates: Tensor
     """(L,) learning rates of the step."""
+    anchored: bool
+    """Whether there was a displacement to measure the gradient against."""
     move: Move | None = None
     """The move behind the real step before, which this one measures."""
     before_turn: bool = False
@@ -53,6 +55,7 @@ class Pending:
             "slopes": reading.slopes,
             "has_loss": self.has_loss,
             "rates": self.rates,
+            "anchored": self.anchored,
             "move": None if self.move is None else self.move.as_state(),
             "before_turn": self.before_turn,
         }
@@ -70,6 +73,7 @@ class Pending:
             reading=reading,
             has_loss=bool(state["has_loss"]),
             rates=state["rates"],
+            anchored=bool(state["anchored"]),
             move=None if state["move"] is None else Move(**state["move"]),
             before_turn=bool(state["before_turn"]),
         )

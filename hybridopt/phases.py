@@ -77,6 +77,7 @@ def real_step(
         reading=run.space.observe(loss),
         has_loss=loss is not None,
         rates=run.rates(),
+        anchored=run.space.anchored,
     )
     # Steps that a Predict phase consumed can be taken back here, if the host judges
     # before the base steps. A rate that is no number is kept from the base likewise.
@@ -101,7 +102,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
         run.mark_consumed()
         return _skip(run, observation, verdict)
     expected = correcting.expected_displacement(run, taken.move)
-    learn(run, observation)
+    learn(run, observation, taken.anchored)
     run.controller.move = None
     take_base_step(run, step_base)
     correcting.learn_weights(run, expected)

@@ -21,6 +21,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.controller import CONTEXT_SIZE
 from hybridopt.distributed import (
+    any_rank,
     build_collective,
     is_first,
     reduction_weights,
@@ -155,7 +156,7 @@ class Run:
         return (
             self.collective.world_size == 1
             and (self.secant is None or self.secant_off or self.decays)
-            and bool(getattr(self.base, "_step_supports_amp_scaling", False))
+            and _honours_found_inf(self.base)
             and not hasattr(self.base, "found_inf")
             and self.device.type in self.skips_on
             and len({p.device for p in self.space.parameters()}) == 1
@@ -303,7 +304,9 @@ class Run:
             "last_loss": self.last_loss,
             "secant_loss": self.secant_loss,
             "secant_off": self.secant_off,
-            "refused": self.refused,
+            "refused": any_rank(self.collective, self.refused)
+            if self.sharded
+            else self.refused,
             "pending": None if self.pending is None else self.pending.state_dict(),
             "forward_form": self.forward_form,
             "buffers": [b.cpu() for b in self.buffers],
@@ -407,6 +410,15 @@ def build_run(
         enabled=config.enabled,
         skips_on=components.skips_on,
     )
+
+
+def _honours_found_inf(base: torch.optim.Optimizer) -> bool:
+    """Whether the base leaves a step undone when ``found_inf`` says so."""
+    # Copies of torch's own lose the attribute, but still do.
+    known = type(base) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if not (known or getattr(base, "_step_supports_amp_scaling", False)):
+        return False
+    return all(bool(g.get("fused")) for g in base.param_groups)
 
 
 def _secant(
