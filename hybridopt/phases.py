@@ -23,14 +23,19 @@ from hybridopt.closure import forward_only
 from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
 from hybridopt.measuring import advance, count_skip, digest, largest, learn, settle
-from hybridopt.moving import move_weights, plan_move, take_base_step
+from hybridopt.moving import (
+    Planned,
+    begin_move,
+    move_weights,
+    plan_move,
+    take_base_step,
+)
 from hybridopt.pending import Pending
 from hybridopt.run import Run
 from hybridopt.telemetry import events
 from hybridopt.types import (
     BASIS_SIZE,
     STEP,
-    Forecast,
     Level,
     Mover,
     Observation,
@@ -108,41 +113,49 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     advance(run, observation)
-    forecast, horizon, mover = None, 0, Mover.NONE
+    planned, mover = Planned(), Mover.NONE
     if newton.engaged:
         if quasi_newton.after_base(run, observation):
             mover = Mover.SECANT
             run.counters.secant_moves += 1
     elif newton.quiet:
-        forecast, horizon, mover = plan_move(run, observation, verdict, taken.rates)
+        planned = plan_move(run, observation, verdict, taken.rates)
+        mover = begin_move(run, planned)
     if not run.controller.plan.runs_backward:
         # Only a predicted step has to tell these gradients from fresh ones.
         run.mark_consumed()
-    return _done(observation, verdict, forecast, horizon, mover)
+    return replace(
+        _done(planned, mover, taken),
+        loss=observation.loss,
+        verdict=verdict,
+        gradient_norm=observation.gradient_norm,
+        action=verdict.action,
+    )
 
 
 def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:
     """The base steps while the numbers travel, and skips on the device what is not
     finite; the host takes in the real step before, whose numbers are there by now.
 
-    The move behind this step is planned from that one. Behind a step that the base
-    skipped it moves nothing, since there is no displacement to go along.
+    The move behind this step is planned from that one, before the base steps, so that
+    it can be made in the pass that takes the base's step in. Behind a step that the
+    base skipped it moves nothing: there is no displacement to go along.
     """
     assert isinstance(taken.reading, PendingReading)
     flag = taken.reading.non_finite(run.device)
     taken.reading.send()
-    take_base_step(run, step_base, flag)
     before = settle(run)
     taken.move, run.controller.move = run.controller.move, None
+    planned = Planned()
+    if before is not None:
+        planned = plan_move(run, *before, taken.rates)
+    made = take_base_step(run, step_base, flag, planned.gains)
     run.pending = taken
     run.counters.real_steps += 1
-    forecast, horizon, mover = None, 0, Mover.NONE
-    if before is not None:
-        forecast, horizon, mover = plan_move(run, *before, taken.rates)
+    mover = begin_move(run, planned, made=made)
     if not run.controller.plan.runs_backward:
         run.mark_consumed()
-    done = _done(None, _QUIET, forecast, horizon, mover)
-    return replace(done, learning_rate=largest(taken.rates), complete=False)
+    return replace(_done(planned, mover, taken), complete=False)
 
 
 def predicted_step(run: Run) -> Done:
@@ -290,22 +303,17 @@ def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
-def _done(
-    observation: Observation | None,
-    verdict: Verdict,
-    forecast: Forecast | None,
-    horizon: int,
-    mover: Mover,
-) -> Done:
+def _done(planned: Planned, mover: Mover, taken: Pending) -> Done:
+    """What is known of a real step without its numbers."""
+    forecast, move = planned.forecast, planned.move
+    if forecast is None:
+        return Done(mover, math.nan, learning_rate=largest(taken.rates))
     return Done(
         mover,
-        math.nan if observation is None else observation.loss,
-        verdict,
-        horizon=horizon,
-        confidence=0.0 if forecast is None else forecast.confidence,
-        progress=0.0 if forecast is None else forecast.progress,
-        gain=0.0 if forecast is None else float(forecast.coefficients[:, STEP].mean()),
-        gradient_norm=math.nan if observation is None else observation.gradient_norm,
-        learning_rate=math.nan if observation is None else observation.learning_rate,
-        action=verdict.action,
+        math.nan,
+        horizon=0 if move is None else move.horizon,
+        confidence=forecast.confidence,
+        progress=forecast.progress,
+        gain=float(forecast.coefficients[:, STEP].mean()),
+        learning_rate=largest(taken.rates),
     )

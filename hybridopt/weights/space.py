@@ -202,10 +202,22 @@ class WeightSpace:
                 self.ops.copy(bucket.parameters, bucket.anchors)
         self.moved = False
 
-    def after_base(self) -> None:
-        """Take in the base's step: s, v and the anchor."""
+    def after_base(self, gains: Tensor | None = None) -> bool:
+        """Take in the base's step: s, v and the anchor.
+
+        Args:
+            gains: (L,) of a move along s that nobody will take back. Where the backend
+                has a kernel for it, it is made in the same pass, and the anchor is then
+                the weight behind it.
+
+        Returns:
+            Whether that move was made.
+        """
+        buckets = self._tracked_buckets()
+        if gains is not None and self._advance_moved(buckets, gains):
+            return True
         self._slopes = []
-        for bucket in self._tracked_buckets():
+        for bucket in buckets:
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
@@ -222,13 +234,42 @@ class WeightSpace:
                     bucket.lags,
                     self.beta,
                 )[:, 0]
-                if bucket.windows:
-                    # The EMA's own step is (1 - beta) / beta of the new lag.
-                    share = (1.0 - self.beta) / self.beta
-                    torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
+            self._add_to_window(bucket)
             self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
+        return False
+
+    def _add_to_window(self, bucket: Bucket) -> None:
+        if bucket.windows:
+            # The EMA's own step is (1 - beta) / beta of the new lag.
+            share = (1.0 - self.beta) / self.beta
+            torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
+
+    def _advance_moved(self, buckets: list[Bucket], gains: Tensor) -> bool:
+        kernel = getattr(self.ops, "advance_move", None)
+        if kernel is None or self.low_memory or len(buckets) != 1:
+            return False
+        bucket = buckets[0]
+        if not bucket.gradients:
+            return False
+        chosen = gains if len(bucket.rows) == len(gains) else gains[bucket.rows]
+        sums = kernel(
+            bucket.parameters,
+            bucket.gradients,
+            bucket.anchors,
+            bucket.steps,
+            bucket.lags,
+            self.beta,
+            chosen.to(torch.float32),
+        )
+        if sums is None:
+            return False
+        self._add_to_window(bucket)
+        self._slopes = [(bucket.rows, sums[:, 0])]
+        self.anchored = True
+        self.moved = False
+        return True
 
     def _advance_low(self, bucket: Bucket) -> Tensor:
         # s holds the weights before the base step; s <- theta - s in place.
