@@ -129,7 +129,9 @@ def begin_move(run: Run, planned: Planned, *, made: bool = False) -> Mover:
     if move is None:
         return Mover.NONE
     if move.horizon == 0:
-        if not made and not move_weights(run, move.coefficients, 1.0):
+        # What is judged late cannot be taken back.
+        revocable = run.pending is None
+        if not (made or move_weights(run, move.coefficients, 1.0, revocable)):
             run.space.roll_back()
             run.controller.move = None
             return Mover.NONE
@@ -137,7 +139,9 @@ def begin_move(run: Run, planned: Planned, *, made: bool = False) -> Mover:
     return Mover.GAIN
 
 
-def move_weights(run: Run, coefficients: Tensor, scale: float) -> bool:
+def move_weights(
+    run: Run, coefficients: Tensor, scale: float, revocable: bool = True
+) -> bool:
     """Make a share of a move; False when it was refused as not finite.
 
     Every rank answers alike, without communication: coefficients are the same
@@ -146,7 +150,7 @@ def move_weights(run: Run, coefficients: Tensor, scale: float) -> bool:
     """
     if not bool(coefficients.isfinite().all()):
         return False
-    written = run.space.move(coefficients, scale)
+    written = run.space.move(coefficients, scale, revocable=revocable)
     if run.collective.world_size == 1:
         return written
     run.refused = run.refused or not written

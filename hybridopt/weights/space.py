@@ -57,6 +57,10 @@ class WeightSpace:
         """Whether the anchor holds the weights that the last real step left."""
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
+        self._owed = False
+        """Whether the anchor is older than the weights that it should hold; only with
+        low memory, where it is taken when a move first needs it."""
+        self._copied: torch.cuda.Event | None = None
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._table = BucketTable(base)
 
@@ -155,6 +159,7 @@ class WeightSpace:
         self._slopes = []
         self.anchored = False
         self.moved = False
+        self._owed = False
 
     def _new_anchor(self, p: Tensor) -> Tensor:
         # A shard stays on its device: as a plain tensor it would be saved as a whole.
@@ -162,7 +167,7 @@ class WeightSpace:
         if not self.low_memory or sharded or local(p).device.type == "cpu":
             return p.detach().clone(memory_format=torch.preserve_format)
         plain = local(p)
-        return torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
+        return torch.zeros(plain.shape, dtype=plain.dtype, pin_memory=True)
 
     def restore_dtypes(self) -> None:
         """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
@@ -221,7 +226,8 @@ class WeightSpace:
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
-                self.ops.copy(bucket.parameters, bucket.anchors)
+                if not self.low_memory:
+                    self.ops.copy(bucket.parameters, bucket.anchors)
                 continue
             if self.low_memory:
                 dots = self._advance_low(bucket)
@@ -238,6 +244,7 @@ class WeightSpace:
             self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
+        self._owed = self.low_memory
         return False
 
     def _add_to_window(self, bucket: Bucket) -> None:
@@ -275,7 +282,6 @@ class WeightSpace:
         # s holds the weights before the base step; s <- theta - s in place.
         torch._foreach_neg_(bucket.steps)
         torch._foreach_add_(bucket.steps, bucket.parameters)
-        self.ops.copy(bucket.parameters, bucket.anchors)
         return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
 
     def turn_window(self) -> None:
@@ -293,18 +299,49 @@ class WeightSpace:
 
     # -- moves ---------------------------------------------------------------------
 
-    def move(self, coefficients: Tensor, scale: float) -> bool:
+    def keep_anchor(self) -> None:
+        """See to it that the anchor holds the weights as they are, before a move.
+
+        To host memory, where low memory keeps it, without waiting: what moves the
+        weights is queued behind the copy.
+        """
+        if not self._owed:
+            return
+        for bucket in self._tracked_buckets():
+            self._copy_across(bucket.parameters, bucket.anchors)
+        self._owed = False
+
+    def _copy_across(self, source: list[Tensor], target: list[Tensor]) -> None:
+        """Target <- source, between devices if need be."""
+        devices = {t.device for t in (*source, *target)}
+        if len(devices) < 2:
+            self.ops.copy(source, target)
+            return
+        for a, b in zip(source, target, strict=True):
+            b.copy_(a, non_blocking=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()
+
+    def move(
+        self, coefficients: Tensor, scale: float, *, revocable: bool = True
+    ) -> bool:
         """theta_l += scale * sum_j coefficients[l, j] b_jl.
 
         Args:
             coefficients: (L, J).
             scale: The share of the whole move that this call makes.
+            revocable: Whether somebody may take the move back.
 
         Returns:
             False when a new weight would not have been finite; then nothing moved.
         """
         verdicts = []
-        for bucket in self._tracked_buckets():
+        buckets = self._tracked_buckets()
+        # Of several buckets, one may refuse what another has made.
+        kept = revocable or not self.low_memory or len(buckets) > 1
+        if kept:
+            self.keep_anchor()
+        for bucket in buckets:
             columns = len(bucket.basis)
             chosen = coefficients[:, :columns]
             if len(bucket.rows) != len(coefficients):
@@ -314,7 +351,7 @@ class WeightSpace:
                     bucket.parameters, bucket.basis, chosen.to(torch.float32), scale
                 )[-1]
             )
-        self.moved = True
+        self.moved = self.moved or kept
         if len(verdicts) == 1 and verdicts[0].device.type != "cpu":
             # The kernel has already refused a bad move on the device; waiting for
             # its answer would stall every step.
@@ -342,6 +379,7 @@ class WeightSpace:
 
     def add(self, tensors: list[Tensor]) -> None:
         """theta_l += tensor_l for every tracked tensor, in row order."""
+        self.keep_anchor()
         rows = sorted(row for b in self._tracked_buckets() for row in b.rows)
         place = {row: index for index, row in enumerate(rows)}
         for bucket in self._tracked_buckets():
@@ -354,8 +392,8 @@ class WeightSpace:
 
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""
-        for bucket in self._tracked_buckets():
-            self.ops.copy(bucket.anchors, bucket.parameters)
+        for bucket in () if self._owed else self._tracked_buckets():
+            self._copy_across(bucket.anchors, bucket.parameters)
         self.moved = False
 
     # -- averaged weights ------------------------------------------------------------
@@ -390,9 +428,12 @@ class WeightSpace:
     def state_dict(self) -> dict[str, Any]:
         """The flags and the host-bound slopes; tensors live in the base's state."""
         rows = [(list(r), s.detach().cpu()) for r, s in self._slopes]
+        if self._copied is not None:
+            self._copied.synchronize()
         return {
             "anchored": self.anchored,
             "moved": self.moved,
+            "owed": self._owed,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -400,6 +441,7 @@ class WeightSpace:
         """Restore what ``state_dict`` returned."""
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
+        self._owed = bool(state.get("owed", False))
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))

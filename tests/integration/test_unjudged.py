@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from hybridopt import HybridPredictOptimizer, Phase
 from hybridopt.config import RSSM, DriftConfig, FixedHorizon, Prior, ResidualConfig
 from hybridopt.errors import RecoveryAction
+from hybridopt.kernels.torch_ops import TorchOps
 from hybridopt.run import Components
 from hybridopt.telemetry.metrics import read_metrics
+from tests.kernels.host import COMPILER, host_ops
 from tests.parts import FixedPredictor
 from tests.problems import assert_same_bits, regression, train, train_bare
 
@@ -198,9 +200,10 @@ def test_bad_step_at_any_time_changes_nothing_but_counts(name, kind, when):
         max_size=5,
     ),
     name=st.sampled_from(sorted(FUSED)),
+    memory=st.sampled_from(["default", "low"]),
 )
-@settings(max_examples=25, deadline=None)
-def test_rollback_is_bit_exact_whatever_happens(seed, faults, name):
+@settings(max_examples=40, deadline=None)
+def test_rollback_is_bit_exact_whatever_happens(seed, faults, name, memory):
     problem = regression(seed, batches=64, batch_norm=True)
     opt = _build(
         problem,
@@ -208,6 +211,7 @@ def test_rollback_is_bit_exact_whatever_happens(seed, faults, name):
         components={"predictor": FixedPredictor(0.5, 50.0)},
         max_predict_steps=3,
         bandit=FixedHorizon(),
+        memory=memory,
     )
     for i in range(90):
         kind = faults.get(i)
@@ -228,6 +232,7 @@ def test_rollback_is_bit_exact_whatever_happens(seed, faults, name):
             for p in problem.model.parameters()
             if p in opt.base.state
         ]
+        moved = opt.run.space.moved
         opt.step(closure)
         for handle in handles:
             handle.remove()
@@ -236,7 +241,7 @@ def test_rollback_is_bit_exact_whatever_happens(seed, faults, name):
             RecoveryAction.SKIP_STEP,
         ):
             assert_same_bits(state, _base_state(opt))
-            if opt.last_step.action is RecoveryAction.ROLL_BACK:
+            if opt.last_step.action is RecoveryAction.ROLL_BACK and moved:
                 assert_same_bits(anchor, problem.weights())
                 assert_same_bits(buffers, [*problem.model.buffers()])
         assert all(bool(t.isfinite().all()) for t in problem.weights())
@@ -420,3 +425,45 @@ def test_learning_is_about_as_good_one_step_late():
         assert opt.statistics()["predicted_steps"] > 40
     late, now = final.values()
     assert late == pytest.approx(now, rel=0.1)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("drift", [True, False])
+def test_moves_made_in_the_pass_of_the_base_step_are_the_same_moves(drift):
+    results = []
+    for ops in (host_ops(), TorchOps()):
+        problem = regression()
+        opt = _build(
+            problem,
+            components={"ops": ops},
+            drift=DriftConfig(enabled=drift, window_steps=7),
+        )
+        losses = train(problem, opt, 80)
+        assert opt.statistics()["folded_moves"] > 5
+        assert opt.statistics()["predicted_steps"] > 5
+        results.append((losses, problem.weights()))
+    (ours, weights), (want, others) = results
+    assert ours == pytest.approx(want, rel=1e-4)
+    for a, b in zip(weights, others, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_resume_with_fused_passes_equals_uninterrupted(tmp_path):
+    problem = regression()
+    opt = _build(problem, components={"ops": host_ops()})
+    train(problem, opt, 15)
+    parts = {"ops": host_ops()}
+    _assert_resumes(problem, opt, 15, tmp_path, components=parts)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_resume_with_low_memory_in_every_phase(phase, tmp_path):
+    problem = regression()
+    opt = _build(problem, memory="low", validation_interval=2)
+    late = 0 if phase is Phase.WARMUP else 20
+    step = _drive(
+        problem, opt, lambda o: o.phase is phase and o.run.counters.steps > late
+    )
+    parts = {"memory": "low", "validation_interval": 2}
+    _assert_resumes(problem, opt, step, tmp_path, **parts)
