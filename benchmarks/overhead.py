@@ -53,6 +53,8 @@ class Options:
     """Whether the base is torch's fused AdamW, which skips bad steps on the device."""
     memory: bool = False
     """Whether memory is measured too."""
+    low: bool = False
+    """Whether the wrapper runs with ``memory="low"``."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def measure(model: Model, device: str, options: Options) -> Overhead:
     """Measure one model."""
     kind = {"fused": options.fused, "fixed": options.fixed}
     bare = side(model, device, **kind)
-    wrapped = side(model, device, wrap=hybrid(max_predict_steps=0), **kind)
+    settings: dict[str, Any] = {"memory": "low"} if options.low else {}
+    wrap = hybrid(max_predict_steps=0, **settings)
+    wrapped = side(model, device, wrap=wrap, **kind)
     for one in (bare, wrapped):
         _steps(one, options.warm)
     before = wrapped.optimizer.statistics()
@@ -129,7 +133,7 @@ def measure(model: Model, device: str, options: Options) -> Overhead:
     # Freed first: a large model leaves no room for three copies.
     del wrapped, parameters
     _collect()
-    cycle = side(model, device, wrap=forced(HORIZON), **kind)
+    cycle = side(model, device, wrap=forced(HORIZON, **settings), **kind)
     predicted = _predicted(cycle, device, options.pairs)
     cycles = _profile(cycle, device, steps=2 * (HORIZON + 1), per=HORIZON + 1)
     del bare, cycle
@@ -280,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fixed", action="store_true", help="one batch: secant moves")
     parser.add_argument("--fused", action="store_true", help="torch's fused AdamW")
     parser.add_argument("--memory", action="store_true", help="measure memory too")
+    parser.add_argument("--low", action="store_true", help='memory="low"')
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for Markdown and JSON")
     parser.add_argument("--stem", default="overhead", help="their name")
@@ -296,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.fixed,
         options.fused,
         options.memory,
+        options.low,
     )
     command = list(arguments) if arguments is not None else None
     found: list[Overhead] = []

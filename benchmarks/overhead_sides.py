@@ -139,7 +139,7 @@ def hybrid(**overrides: Any) -> Wrap:
     return lambda base, model: HybridPredictOptimizer(base, model=model, **overrides)
 
 
-def forced(horizon: int) -> Wrap:
+def forced(horizon: int, **overrides: Any) -> Wrap:
     """A wrapper that makes ``horizon`` predicted steps behind every real one.
 
     A short run at a conservative rate would make none by itself, so a scripted
@@ -154,6 +154,7 @@ def forced(horizon: int) -> Wrap:
         max_predict_steps=horizon,
         bandit=FixedHorizon(),
         components=Components(predictor=_Claims()),
+        **overrides,
     )
 
 
