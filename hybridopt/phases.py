@@ -32,6 +32,7 @@ from hybridopt.moving import (
 )
 from hybridopt.pending import Pending
 from hybridopt.run import Run
+from hybridopt.skipping import skips_on_device
 from hybridopt.telemetry import events
 from hybridopt.types import (
     BASIS_SIZE,
@@ -87,7 +88,7 @@ def real_step(
     # Steps that a Predict phase consumed can be taken back here, if the host judges
     # before the base steps. A rate that is no number is kept from the base likewise.
     consumed = run.controller.plan.horizon > 0
-    if not consumed and run.skips_on_device and bool(taken.rates.isfinite().all()):
+    if not consumed and skips_on_device(run) and bool(taken.rates.isfinite().all()):
         return _unjudged_step(run, taken, step_base)
     settle(run)
     taken.move = run.controller.move

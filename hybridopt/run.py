@@ -145,25 +145,6 @@ class Run:
         """Whether the base shrinks weights besides following the gradient."""
         return any(bool(g.get("weight_decay")) for g in self.base.param_groups)
 
-    @property
-    def skips_on_device(self) -> bool:
-        """Whether the base leaves a step with NaN or inf undone by itself.
-
-        Fused bases do when told by ``found_inf``; then no step needs the host before
-        the base moves. Not at a parameter's first step: a skipped one leaves the
-        momentum of torch's fused SGD uninitialized.
-        """
-        return (
-            self.collective.world_size == 1
-            and (self.secant is None or self.secant_off or self.decays)
-            and _honours_found_inf(self.base)
-            and not hasattr(self.base, "found_inf")
-            and self.device.type in self.skips_on
-            and len({p.device for p in self.space.parameters()}) == 1
-            and self.space.ready
-            and self.space.complete()
-        )
-
     # -- rates ---------------------------------------------------------------------
 
     def rates(self) -> Tensor:
@@ -410,15 +391,6 @@ def build_run(
         enabled=config.enabled,
         skips_on=components.skips_on,
     )
-
-
-def _honours_found_inf(base: torch.optim.Optimizer) -> bool:
-    """Whether the base leaves a step undone when ``found_inf`` says so."""
-    # Copies of torch's own lose the attribute, but still do.
-    known = type(base) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-    if not (known or getattr(base, "_step_supports_amp_scaling", False)):
-        return False
-    return all(bool(g.get("fused")) for g in base.param_groups)
 
 
 def _secant(

@@ -17,7 +17,7 @@ ROWS = [
     ["weights"],
     ["control", "guard", "dynamics", "residuals", "telemetry", "pending"],
     ["run"],
-    ["quasi_newton", "correcting", "checkpoint", "statistics"],
+    ["quasi_newton", "correcting", "checkpoint", "statistics", "skipping"],
     ["measuring", "moving"],
     ["phases"],
     ["optimizer"],

@@ -19,6 +19,13 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import Ops
+from hybridopt.weights.advancing import (
+    advance,
+    advance_low,
+    advance_moved,
+    copy_across,
+)
+from hybridopt.weights.averaging import averaged
 from hybridopt.weights.buckets import (
     ANCHOR,
     DRIFT_KEY,
@@ -61,6 +68,7 @@ class WeightSpace:
         """Whether the anchor is older than the weights that it should hold; only with
         low memory, where it is taken when a move first needs it."""
         self._copied: torch.cuda.Event | None = None
+        """When the anchor is complete in host memory."""
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._table = BucketTable(base)
 
@@ -219,10 +227,11 @@ class WeightSpace:
             Whether that move was made.
         """
         buckets = self._tracked_buckets()
-        if gains is not None and self._advance_moved(buckets, gains):
-            return True
-        self._slopes = []
-        for bucket in buckets:
+        made = None
+        if gains is not None and not self.low_memory:
+            made = advance_moved(self.ops, buckets, self.beta, gains)
+        self._slopes = [] if made is None else [(buckets[0].rows, made)]
+        for bucket in buckets if made is None else ():
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
@@ -230,59 +239,14 @@ class WeightSpace:
                     self.ops.copy(bucket.parameters, bucket.anchors)
                 continue
             if self.low_memory:
-                dots = self._advance_low(bucket)
+                dots = advance_low(self.ops, bucket)
             else:
-                dots = self.ops.advance(
-                    bucket.parameters,
-                    bucket.gradients,
-                    bucket.anchors,
-                    bucket.steps,
-                    bucket.lags,
-                    self.beta,
-                )[:, 0]
-            self._add_to_window(bucket)
+                dots = advance(self.ops, bucket, self.beta)
             self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
         self._owed = self.low_memory
-        return False
-
-    def _add_to_window(self, bucket: Bucket) -> None:
-        if bucket.windows:
-            # The EMA's own step is (1 - beta) / beta of the new lag.
-            share = (1.0 - self.beta) / self.beta
-            torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
-
-    def _advance_moved(self, buckets: list[Bucket], gains: Tensor) -> bool:
-        kernel = getattr(self.ops, "advance_move", None)
-        if kernel is None or self.low_memory or len(buckets) != 1:
-            return False
-        bucket = buckets[0]
-        if not bucket.gradients:
-            return False
-        chosen = gains if len(bucket.rows) == len(gains) else gains[bucket.rows]
-        sums = kernel(
-            bucket.parameters,
-            bucket.gradients,
-            bucket.anchors,
-            bucket.steps,
-            bucket.lags,
-            self.beta,
-            chosen.to(torch.float32),
-        )
-        if sums is None:
-            return False
-        self._add_to_window(bucket)
-        self._slopes = [(bucket.rows, sums[:, 0])]
-        self.anchored = True
-        self.moved = False
-        return True
-
-    def _advance_low(self, bucket: Bucket) -> Tensor:
-        # s holds the weights before the base step; s <- theta - s in place.
-        torch._foreach_neg_(bucket.steps)
-        torch._foreach_add_(bucket.steps, bucket.parameters)
-        return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+        return made is not None
 
     def turn_window(self) -> None:
         """D <- D, D <- 0: the window's displacement becomes the drift direction."""
@@ -308,19 +272,8 @@ class WeightSpace:
         if not self._owed:
             return
         for bucket in self._tracked_buckets():
-            self._copy_across(bucket.parameters, bucket.anchors)
+            self._copied = copy_across(self.ops, bucket.parameters, bucket.anchors)
         self._owed = False
-
-    def _copy_across(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """Target <- source, between devices if need be."""
-        devices = {t.device for t in (*source, *target)}
-        if len(devices) < 2:
-            self.ops.copy(source, target)
-            return
-        for a, b in zip(source, target, strict=True):
-            b.copy_(a, non_blocking=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record()
 
     def move(
         self, coefficients: Tensor, scale: float, *, revocable: bool = True
@@ -393,7 +346,7 @@ class WeightSpace:
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""
         for bucket in () if self._owed else self._tracked_buckets():
-            self._copy_across(bucket.anchors, bucket.parameters)
+            copy_across(self.ops, bucket.anchors, bucket.parameters)
         self.moved = False
 
     # -- averaged weights ------------------------------------------------------------
@@ -408,20 +361,8 @@ class WeightSpace:
             yield
             return
         self.refresh()
-        groups = self._tracked_buckets()
-        kept = [[p.clone() for p in g.parameters] for g in groups]
-        with torch.no_grad():
-            for g in groups:
-                lags = [
-                    v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)
-                ]
-                torch._foreach_sub_(g.parameters, lags)
-        try:
+        with averaged(self.ops, self._tracked_buckets()):
             yield
-        finally:
-            with torch.no_grad():
-                for g, old in zip(groups, kept, strict=True):
-                    self.ops.copy(old, g.parameters)
 
     # -- state -----------------------------------------------------------------------
 
