@@ -331,8 +331,8 @@ class Run:
         self.last_loss = float(state["last_loss"])
         self.secant_loss = float(state["secant_loss"])
         self.secant_off = bool(state["secant_off"])
-        self.refused = bool(state["refused"])
-        pending = state["pending"]
+        self.refused = bool(state.get("refused", False))
+        pending = state.get("pending")
         self.pending = None if pending is None else Pending.from_state(pending)
         self.forward_form = bool(state["forward_form"])
         buffers = list(self.model.buffers()) if self.model is not None else []

@@ -238,3 +238,15 @@ def test_refused_move_is_still_known_after_a_resume():
         other = _build(problem.twin())
         other.load_state_dict(copy.deepcopy(opt.state_dict()))
         assert other.run.refused is refused
+
+
+def test_state_from_before_pending_steps_existed_loads():
+    problem = regression()
+    opt = _build(problem)
+    train(problem, opt, 30)
+    state = copy.deepcopy(opt.run.state_dict())
+    del state["refused"], state["pending"]
+    other = _build(problem.twin())
+    other.run.load_state_dict(state)
+    assert other.run.counters.steps == 30
+    assert other.run.pending is None
