@@ -2,9 +2,9 @@
 
 ``real_step`` serves Warmup, Full and the gradient form of Correct; ``predicted_step``
 is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back``
-undoes. Each leaves the plan for the next step. Judged before any weight moves is every
-step that may take something back; where nothing can be, and the base skips bad steps on
-the device, a real step is judged one step late and waits for nothing.
+undoes. Each leaves the plan for the next step. A step that may take something back is
+judged before any weight moves. Where nothing can be taken back, and the base skips bad
+steps on the device, a real step is judged one step late and waits for nothing.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from hybridopt.closure import buffers_of
 from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.controller import CONTEXT_SIZE
@@ -162,7 +163,7 @@ class Run:
     def keep_buffers(self) -> None:
         """Remember the model's buffers beside the anchor."""
         if self.model is not None:
-            self.buffers = [b.detach().clone() for b in self.model.buffers()]
+            self.buffers = [b.detach().clone() for b in buffers_of(self.model)]
 
     def restore_buffers(self) -> None:
         """Give the model its buffers back, bit for bit."""

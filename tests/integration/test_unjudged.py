@@ -5,9 +5,11 @@ real step later, as on a GPU.
 """
 
 import copy
+import gc
 import math
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -467,3 +469,20 @@ def test_resume_with_low_memory_in_every_phase(phase, tmp_path):
     )
     parts = {"memory": "low", "validation_interval": 2}
     _assert_resumes(problem, opt, step, tmp_path, **parts)
+
+
+def test_graph_of_the_last_loss_does_not_wait_for_the_next_step():
+    problem = regression()
+    opt = _build(problem, max_predict_steps=0)
+    train(problem, opt, 12)
+    kept = []
+
+    def closure():
+        loss = problem.loss(12)
+        kept.append(weakref.ref(loss))
+        return loss
+
+    opt.step(closure)
+    assert opt.run.pending is not None
+    gc.collect()
+    assert kept[0]() is None
