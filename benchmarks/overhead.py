@@ -3,33 +3,37 @@
 Two copies of a model train on the same batches, one with the bare base, one wrapped.
 The batches are random and change at every step: on one fixed batch hybridopt would find
 a smooth problem and make secant moves, whose cost is another question (``--fixed``).
+
 *Blocks*: alternating blocks of real steps (hybridopt with ``max_predict_steps=0``, so
 that every call is real and its moves are folded in), synchronized only at block ends:
-the overhead that a user sees. *Single steps*: the default configuration, synchronized
-at every step, real and predicted ones apart. On CUDA a profile counts the host's waits.
+the overhead that a user sees. *Forced*: a scripted predictor makes four predicted steps
+behind every real one, timed one by one with the device synchronized around each.
+*Waits*: in a profile of real steps, calls in which the host waits for the GPU, and
+copies to pageable memory, which wait too. *Memory*: fresh copies one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import gc
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks.counting import live_tensor_bytes
-from benchmarks.tasks.gpt import GPT, SIZES, sequence_loss
+from benchmarks.overhead_sides import Model, Side, Wrap, forced, hybrid, parse, side
 
-__all__ = ["Options", "Overhead", "Side", "main", "measure"]
+__all__ = ["Options", "Overhead", "main", "measure"]
 
+HORIZON = 4
+"""Predicted steps behind every real one where they are forced."""
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -41,23 +45,38 @@ class Options:
     """Pairs of blocks."""
     block: int
     """Steps per block."""
-    compiled: bool = False
-    """Whether the model goes through ``torch.compile``."""
+    warm: int = 30
+    """Steps of each copy before anything is timed."""
     fixed: bool = False
     """Whether every step sees the same batch."""
     fused: bool = False
     """Whether the base is torch's fused AdamW, which skips bad steps on the device."""
-    batch: int | None = None
-    """Sequences per step; the size's own when None."""
+    memory: bool = False
+    """Whether memory is measured too."""
+    low: bool = False
+    """Whether the wrapper runs with ``memory="low"``."""
 
 
-@dataclass
-class Side:
-    """One of the two copies: its closure and how it steps."""
+@dataclass(frozen=True)
+class Waits:
+    """Per step, in a profile; nan off CUDA."""
 
-    model: nn.Module
-    optimizer: Any
-    step: Callable[[], Any]
+    waits: float
+    """Calls in which the host waits for the device."""
+    pageable: float
+    """Copies to pageable host memory, during which the host waits too."""
+    pinned: float
+    """Copies to pinned host memory, which hold nobody up."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Device bytes with one kind of wrapper, eager, at the size's own batch."""
+
+    steady: int
+    """Allocated between steps."""
+    peak: int
+    """Most that was allocated during steps (CUDA only; else 0)."""
 
 
 @dataclass
@@ -67,7 +86,8 @@ class Overhead:
     model: str
     device: str
     parameters: int
-    compiled: bool
+    tokens: int
+    """Per step; 0 where the model reads none."""
     bare_s: float
     """Median of the bare base's step in blocks."""
     wrapped_s: float
@@ -75,118 +95,80 @@ class Overhead:
     """Median over pairs of blocks of wrapped over bare time."""
     ratio_quartiles: tuple[float, float]
     host_s: float
-    """hybridopt's own host time per real step, by its statistics."""
-    real_s: float
-    """Median synchronized real step in the default configuration."""
+    """hybridopt's own host time per real step, by its statistics, waits included."""
     predicted_s: float
-    """Median synchronized predicted step; nan if none was made."""
-    predicted_share: float
-    extra_bytes: int
-    """Steady memory beyond that of the bare copy."""
-    extra_copies: float
-    """The same in copies of the weights."""
-    waits_bare: float
-    """Host synchronizations per real step in the profile; nan off CUDA."""
-    waits_wrapped: float
-    transfers_bare: float
-    """Device-to-host copies per real step; nan off CUDA."""
-    transfers_wrapped: float
+    """Median synchronized predicted step, forced."""
+    predicted_steps: int
+    """How many of them were timed."""
+    bare_waits: Waits
+    wrapped_waits: Waits
+    """Over real steps without predicted ones between."""
+    forced_waits: Waits
+    """Over cycles of one real step and ``HORIZON`` forced ones, per cycle."""
+    memory: dict[str, Memory]
+    """By wrapper: bare, default, low; empty if not measured."""
+    weights: int
+    """Bytes of one copy of the weights."""
 
 
-def build(name: str, device: str, *, options: Options) -> tuple[nn.Module, Any]:
-    """A model and a forward closure that goes round a few random batches."""
-    torch.manual_seed(0)
-    compiled, count = options.compiled, 1 if options.fixed else 16
-    calls = itertools.count()
-    if name == "mlp":
-        layers = (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
-        model: nn.Module = nn.Sequential(*layers, nn.Linear(64, 10)).to(device)
-        x = torch.randn(count, 64, 64, device=device)
-        y = torch.randint(10, (count, 64), device=device)
-        called = torch.compile(model) if compiled else model
-
-        def loss() -> Tensor:
-            i = next(calls) % count
-            return F.cross_entropy(called(x[i]), y[i])
-
-        return model, loss
-    size = SIZES[name]
-    model = GPT(size).to(device)
-    shape = (count, options.batch or size.batch, size.context + 1)
-    batches = torch.randint(256, shape, device=device)
-    called = torch.compile(model) if compiled else model
-    return model, lambda: sequence_loss(called, batches[next(calls) % count])
-
-
-def side(name: str, device: str, *, options: Options, wrap: Any = None) -> Side:
-    """Build one copy; ``wrap`` turns base and model into a wrapped optimizer."""
-    model, loss = build(name, device, options=options)
-    # A conservative rate: the copies must stay finite for as long as they are timed.
-    base = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=options.fused)
-    if wrap is not None:
-        wrapped = wrap(base, model)
-        return Side(model, wrapped, lambda: wrapped.step(loss))
-
-    def step() -> Tensor:
-        base.zero_grad()
-        value: Tensor = loss()
-        value.backward()
-        base.step()
-        return value
-
-    return Side(model, base, step)
-
-
-def hybrid(**overrides: Any) -> Callable[[Any, nn.Module], Any]:
-    """A wrapper with the default configuration, less ``overrides``."""
-    from hybridopt.optimizer import HybridPredictOptimizer
-
-    return lambda base, model: HybridPredictOptimizer(base, model=model, **overrides)
-
-
-def measure(name: str, device: str, options: Options) -> Overhead:
+def measure(model: Model, device: str, options: Options) -> Overhead:
     """Measure one model."""
-    start = _allocated(device)
-    bare = side(name, device, options=options)
-    _warm(bare)
-    middle = _allocated(device)
-    wrapped = side(name, device, options=options, wrap=hybrid(max_predict_steps=0))
-    _warm(wrapped)
-    extra = (_allocated(device) - middle) - (middle - start)
+    kind = {"fused": options.fused, "fixed": options.fixed}
+    bare = side(model, device, **kind)
+    settings: dict[str, Any] = {"memory": "low"} if options.low else {}
+    wrap = hybrid(max_predict_steps=0, **settings)
+    wrapped = side(model, device, wrap=wrap, **kind)
+    for one in (bare, wrapped):
+        _steps(one, options.warm)
     before = wrapped.optimizer.statistics()
     times = _blocks(bare, wrapped, device, options)
     after = wrapped.optimizer.statistics()
     ratios = [b / a for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4)
-    weights = sum(p.numel() * p.element_size() for p in bare.model.parameters())
-    steps = after["real_steps"] - before["real_steps"]
-    waits = _profile(bare, device), _profile(wrapped, device)
-    real, predicted = _single(name, device, options)
+    real = after["real_steps"] - before["real_steps"]
+    waits = [_profile(one, device) for one in (bare, wrapped)]
+    parameters = list(bare.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    numbers = sum(p.numel() for p in parameters)
+    # Freed first: a large model leaves no room for three copies.
+    del wrapped, parameters
+    _collect()
+    cycle = side(model, device, wrap=forced(HORIZON, **settings), **kind)
+    predicted = _predicted(cycle, device, options.pairs)
+    cycles = _profile(cycle, device, steps=2 * (HORIZON + 1), per=HORIZON + 1)
+    del bare, cycle
+    _collect()
     return Overhead(
-        model=name,
+        model=str(model),
         device=torch.cuda.get_device_name() if device == "cuda" else device,
-        parameters=sum(p.numel() for p in bare.model.parameters()),
-        compiled=options.compiled,
+        parameters=numbers,
+        tokens=_tokens(model),
         bare_s=statistics.median(a for a, _ in times),
         wrapped_s=statistics.median(b for _, b in times),
         ratio=statistics.median(ratios),
         ratio_quartiles=(low, high),
-        host_s=(after["bookkeeping_s"] - before["bookkeeping_s"]) / max(1, steps),
-        real_s=statistics.median(real) if real else float("nan"),
-        predicted_s=statistics.median(predicted) if predicted else float("nan"),
-        predicted_share=len(predicted) / max(1, len(real) + len(predicted)),
-        extra_bytes=extra,
-        extra_copies=extra / weights,
-        waits_bare=waits[0][0],
-        waits_wrapped=waits[1][0],
-        transfers_bare=waits[0][1],
-        transfers_wrapped=waits[1][1],
+        host_s=(after["bookkeeping_s"] - before["bookkeeping_s"]) / max(1, real),
+        predicted_s=statistics.median(predicted),
+        predicted_steps=len(predicted),
+        bare_waits=waits[0],
+        wrapped_waits=waits[1],
+        forced_waits=cycles,
+        memory=_memory(model, device, options) if options.memory else {},
+        weights=weights,
     )
 
 
-def _warm(one: Side, steps: int = 30) -> None:
-    """Past hybridopt's warm-up, its allocations and any compilation."""
-    for _ in range(steps):
+def _tokens(model: Model) -> int:
+    from benchmarks.tasks.gpt import SIZES
+
+    if model.name not in SIZES:
+        return 0
+    size = SIZES[model.name]
+    return (model.batch or size.batch) * model.micro * size.context
+
+
+def _steps(one: Side, count: int) -> None:
+    for _ in range(count):
         one.step()
 
 
@@ -211,38 +193,70 @@ def _block(one: Side, device: str, block: int) -> float:
     return (time.perf_counter() - started) / block
 
 
-def _single(
-    name: str, device: str, options: Options
-) -> tuple[list[float], list[float]]:
-    """Seconds of real and of predicted steps in the default configuration."""
-    one = side(name, device, options=options, wrap=hybrid())
-    _warm(one)
-    real, predicted = [], []
-    for _ in range(options.pairs * options.block):
-        calls = one.optimizer.statistics()["backward_calls"]
+def _predicted(one: Side, device: str, cycles: int) -> list[float]:
+    """Seconds of forced predicted steps, less those of the first phase."""
+    _steps(one, 3 + 2 * (HORIZON + 1))
+    found = []
+    for _ in range(cycles * (HORIZON + 1)):
+        predicted = not one.optimizer.needs_backward
         spent = _block(one, device, 1)
-        ran_backward = one.optimizer.statistics()["backward_calls"] > calls
-        (real if ran_backward else predicted).append(spent)
-    return real, predicted
+        if predicted:
+            found.append(spent)
+    return found
 
 
-def _profile(one: Side, device: str, steps: int = 10) -> tuple[float, float]:
-    """Host waits and device-to-host copies per step."""
+def _profile(one: Side, device: str, steps: int = 10, per: int = 1) -> Waits:
+    """Host waits and device-to-host copies per ``per`` steps."""
     if device != "cuda":
-        return float("nan"), float("nan")
+        return Waits(math.nan, math.nan, math.nan)
     activities = [
         torch.profiler.ProfilerActivity.CPU,
         torch.profiler.ProfilerActivity.CUDA,
     ]
     _wait(device)
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(steps):
-            one.step()
+        with torch.profiler.record_function("steps"):
+            _steps(one, steps)
+        _wait(device)
     events = profile.events()
-    waits = sum(e.name in _WAITS for e in events)
-    copies = sum("Memcpy DtoH" in e.name for e in events)
-    # The profiler itself waits once at its end.
-    return max(0, waits - 1) / steps, copies / steps
+    # The profiler and the line above wait too, behind the steps.
+    end = next(e.time_range.end for e in events if e.name == "steps")
+    waits = sum(e.name in _WAITS and e.time_range.start < end for e in events)
+    out = [e.name for e in events if "Memcpy DtoH" in e.name]
+    pinned = sum("Pinned" in name for name in out)
+    share = per / steps
+    return Waits(waits * share, (len(out) - pinned) * share, pinned * share)
+
+
+def _memory(model: Model, device: str, options: Options) -> dict[str, Memory]:
+    """Each kind of optimizer alone, from an empty device."""
+    kinds: dict[str, Wrap | None] = {
+        "bare": None,
+        "default": hybrid(max_predict_steps=0),
+        "low": hybrid(max_predict_steps=0, memory="low"),
+    }
+    small = Model(model.name)
+    found = {}
+    for name, wrap in kinds.items():
+        _collect()
+        start = _allocated(device)
+        one = side(small, device, fused=options.fused, wrap=wrap)
+        _steps(one, 14)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        _steps(one, 6)
+        peak = torch.cuda.max_memory_allocated() - start if device == "cuda" else 0
+        one.optimizer.zero_grad()
+        found[name] = Memory(_allocated(device) - start, peak)
+        del one
+    _collect()
+    return found
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _allocated(device: str) -> int:
@@ -260,36 +274,65 @@ def _wait(device: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure models by name and print or write the figures; the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks overhead", description=__doc__)
-    parser.add_argument("--models", default="mlp,tiny", help=f"mlp, {', '.join(SIZES)}")
+    parser.add_argument(
+        "--models", default="mlp,tiny", help="name[:batch[xmicro]][:compile], ..."
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--block", type=int, default=20, help="steps per block")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the model"
-    )
+    parser.add_argument("--warm", type=int, default=30, help="steps before timing")
     parser.add_argument("--fixed", action="store_true", help="one batch: secant moves")
     parser.add_argument("--fused", action="store_true", help="torch's fused AdamW")
-    parser.add_argument("--batch", type=int, help="sequences per step")
+    parser.add_argument("--memory", action="store_true", help="measure memory too")
+    parser.add_argument("--low", action="store_true", help='memory="low"')
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="folder for Markdown and JSON")
+    parser.add_argument("--stem", default="overhead", help="their name")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    try:
+        models = [parse(text) for text in options.models.split(",")]
+    except ValueError as wrong:
+        parser.error(str(wrong))
     chosen = Options(
         options.pairs,
         options.block,
-        options.compile,
+        options.warm,
         options.fixed,
         options.fused,
-        options.batch,
+        options.memory,
+        options.low,
     )
-    found = []
-    for name in options.models.split(","):
-        figures = measure(name, options.device, chosen)
-        found.append(asdict(figures))
+    command = list(arguments) if arguments is not None else None
+    found: list[Overhead] = []
+    for model in models:
+        figures = measure(model, options.device, chosen)
+        found.append(figures)
         print(_line(figures), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        if options.out:
+            # After every model: a later one may run out of time or memory.
+            _write(options.out, options.stem, found, options.device, command)
     return 0
+
+
+def _write(
+    folder: Path,
+    stem: str,
+    found: list[Overhead],
+    device: str,
+    command: list[str] | None,
+) -> None:
+    from benchmarks.overhead_table import markdown
+    from benchmarks.suite import Options as SuiteOptions
+    from benchmarks.suite import provenance
+
+    words = ["python -m benchmarks overhead", *(command or [])]
+    meta = provenance(words, SuiteOptions(device=device, seeds=(0,)))
+    rows: list[dict[str, Any]] = [asdict(o) for o in found]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"meta": meta, "models": rows}, indent=1)
+    (folder / f"{stem}.json").write_text(text + "\n", "utf-8")
+    (folder / f"{stem}.md").write_text(markdown(meta, rows), "utf-8")
 
 
 def _line(o: Overhead) -> str:
@@ -297,9 +340,8 @@ def _line(o: Overhead) -> str:
     return (
         f"{o.model}: bare {1e3 * o.bare_s:.3f} ms, wrapped {1e3 * o.wrapped_s:.3f} ms, "
         f"ratio {o.ratio:.4f} [{low:.4f}, {high:.4f}], own host time "
-        f"{1e6 * o.host_s:.0f} us; synchronized: real {1e3 * o.real_s:.3f} ms, "
-        f"predicted {1e3 * o.predicted_s:.3f} ms ({100 * o.predicted_share:.0f} %); "
-        f"memory +{o.extra_copies:.2f} weight copies; waits {o.waits_bare:.1f} -> "
-        f"{o.waits_wrapped:.1f}, copies to host {o.transfers_bare:.1f} -> "
-        f"{o.transfers_wrapped:.1f} per step"
+        f"{1e6 * o.host_s:.0f} us; forced predicted step {1e3 * o.predicted_s:.3f} ms; "
+        f"waits {o.bare_waits.waits:.1f} -> {o.wrapped_waits.waits:.1f}, pageable "
+        f"{o.bare_waits.pageable:.1f} -> {o.wrapped_waits.pageable:.1f} per real step, "
+        f"{o.forced_waits.waits:.1f} and {o.forced_waits.pageable:.1f} per cycle"
     )

@@ -11,9 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hybridopt.control.controller import Move
 from hybridopt.run import Run
-from hybridopt.types import STEP, Forecast, Observation
+from hybridopt.types import STEP, Forecast, Move, Observation
 
 __all__ = [
     "correct",
@@ -49,8 +48,8 @@ def ideal(move: Move, observation: Observation) -> Tensor:
 
 
 def learn(run: Run, observation: Observation) -> None:
-    """Hand the residual of the move behind the last real step to the corrector."""
-    move = run.controller.move
+    """Hand the residual of the observed move to the corrector."""
+    move = observation.move
     if move is None or move.predicted is None or move.latent is None:
         return
     run.corrector.update(move.latent, move.predicted, ideal(move, observation))
@@ -65,12 +64,11 @@ def correct(run: Run, forecast: Forecast) -> Forecast:
     return replace(forecast, coefficients=(made + addition).clamp_min(0.0))
 
 
-def expected_displacement(run: Run) -> list[Tensor] | None:
+def expected_displacement(run: Run, move: Move | None) -> list[Tensor] | None:
     """One predicted step's displacement per tensor, before the base overwrites s.
 
     None unless weight-space residuals are kept and a Predict phase has just ended.
     """
-    move = run.controller.move
     if not _keeps_factors(run) or move is None or move.horizon == 0:
         return None
     return run.space.combine(move.coefficients / move.horizon)

@@ -32,6 +32,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.distributed import any_rank
 from hybridopt.errors import ClosureError, ConfigError
 from hybridopt.hooks import without_global_hooks
+from hybridopt.measuring import complete_record, settle
 from hybridopt.run import Components, Run, build_run
 from hybridopt.statistics import summarize
 from hybridopt.telemetry import events
@@ -296,9 +297,12 @@ class HybridPredictOptimizer(Optimizer):
         )
         counters.steps += 1
         run.last_step = record
+        if not done.complete:
+            assert run.pending is not None
+            run.pending.record = record
         # Lists of gradients must not outlive the step: they would keep memory alive.
         run.space.refresh()
-        run.sink.write(record)
+        (run.sink.write if done.complete else run.sink.hold)(record)
         if run.controller.plan.phase is not phase:
             events.phase_changed(record.step, phase, run.controller.plan.phase)
 
@@ -321,7 +325,11 @@ class HybridPredictOptimizer(Optimizer):
 
     @property
     def last_step(self) -> StepRecord | None:
-        """Record of the last step; None before the first."""
+        """Record of the last step; None before the first.
+
+        Where real steps do not wait for their numbers, asking does.
+        """
+        complete_record(self._run)
         return self._run.last_step
 
     def statistics(self) -> dict[str, Any]:
@@ -337,12 +345,13 @@ class HybridPredictOptimizer(Optimizer):
     def train_off(self) -> None:
         """Stop predicting for good: from here on, exactly the base optimizer."""
         run = self._run
-        run.controller.move = None
+        settle(run)
         run.controller.after_rollback()
         run.enabled = False
 
     def close(self) -> None:
         """Flush and close the event sinks."""
+        complete_record(self._run)
         self._run.sink.close()
 
     @property
@@ -388,8 +397,9 @@ class HybridPredictOptimizer(Optimizer):
 
         The learned state is per tensor, so it cannot outlive a change of the tensors.
         """
-        self.base.add_param_group(param_group)
         run = self._run
+        settle(run)
+        self.base.add_param_group(param_group)
         fresh = build_run(
             self.base, self.config, self._model, self._process_group, self._components
         )

@@ -2,7 +2,9 @@
 
 ``real_step`` serves Warmup, Full and the gradient form of Correct; ``predicted_step``
 is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back``
-undoes. Each judges before any weight moves, and leaves the plan for the next step.
+undoes. Each leaves the plan for the next step. A step that may take something back is
+judged before any weight moves. Where nothing can be taken back, and the base skips bad
+steps on the device, a real step is judged one step late and waits for nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +22,27 @@ from hybridopt import correcting, quasi_newton
 from hybridopt.closure import forward_only
 from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
-from hybridopt.hooks import without_global_hooks
+from hybridopt.measuring import advance, count_skip, digest, largest, learn, settle
+from hybridopt.moving import (
+    Planned,
+    begin_move,
+    move_weights,
+    plan_move,
+    take_base_step,
+)
+from hybridopt.pending import Pending
 from hybridopt.run import Run
+from hybridopt.skipping import skips_on_device
 from hybridopt.telemetry import events
 from hybridopt.types import (
     BASIS_SIZE,
     STEP,
-    Forecast,
     Level,
     Mover,
     Observation,
-    Phase,
     Verdict,
 )
-from hybridopt.weights.reading import Reading
+from hybridopt.weights.reading import PendingReading
 
 __all__ = ["Done", "predicted_step", "real_step", "validated_step"]
 
@@ -55,6 +64,8 @@ class Done:
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
     action: RecoveryAction = RecoveryAction.CONTINUE
+    complete: bool = True
+    """False where loss, gradient norm and verdict are still on their way."""
 
 
 def real_step(
@@ -63,57 +74,89 @@ def real_step(
     """Judge the gradient, step the base, then plan and start the move behind it.
 
     Gradients are in ``p.grad``. Anything not finite skips the step or takes the last
-    move back; the base never sees it.
+    move back; the base never sees it, or skips it on the device.
     """
     run.space.refresh()
     run.settle()
-    pending = run.space.observe(loss)
-    must_wait = run.controller.plan.phase is Phase.CORRECT
-    guarded = (
-        run.skips_on_device and not must_wait and bool(run.rates().isfinite().all())
+    taken = Pending(
+        step=run.counters.steps,
+        reading=run.space.observe(loss),
+        has_loss=loss is not None,
+        rates=run.rates(),
+        anchored=run.space.anchored,
     )
-    if guarded:
-        # Nothing that consumed steps can be taken back here, so the base may step
-        # while the numbers travel; it skips what is not finite on the device.
-        flag = pending.non_finite(run.device)
-        pending.send()
-        _take_base_step(run, step_base, flag)
-    observation = _digest(run, pending.wait(), loss is not None)
-    verdict = run.monitor.judge(
-        observation, can_roll_back=run.space.moved and not guarded
-    )
+    # Steps that a Predict phase consumed can be taken back here, if the host judges
+    # before the base steps. A rate that is no number is kept from the base likewise.
+    consumed = run.controller.plan.horizon > 0
+    if not consumed and skips_on_device(run) and bool(taken.rates.isfinite().all()):
+        return _unjudged_step(run, taken, step_base)
+    settle(run)
+    taken.move = run.controller.move
+    return _judged_step(run, taken, step_base)
+
+
+def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:
+    """The host waits for the numbers and judges before the base steps."""
+    observation = digest(run, taken)
+    verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
     newton = quasi_newton.before_base(run, observation)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
         return roll_back(run, observation, verdict)
     if not observation.finite:
+        run.mark_consumed()
         return _skip(run, observation, verdict)
-    expected = None if guarded else correcting.expected_displacement(run)
-    _learn(run, observation)
-    if not guarded:
-        _take_base_step(run, step_base)
-        correcting.learn_weights(run, expected)
+    expected = correcting.expected_displacement(run, taken.move)
+    learn(run, observation, taken.anchored)
+    run.controller.move = None
+    take_base_step(run, step_base)
+    correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
-    slept = run.controller.asleep
-    run.controller.advance_real(observation)
-    if slept and not run.controller.asleep:
-        # The window went on filling in the sleep; what it holds is no window's drift.
-        run.space.restart_window()
-    run.monitor.real_step()
-    if run.controller.warm:
-        run.predictor.moving = True
-    forecast, horizon, mover = None, 0, Mover.NONE
+    advance(run, observation)
+    planned, mover = Planned(), Mover.NONE
     if newton.engaged:
         if quasi_newton.after_base(run, observation):
             mover = Mover.SECANT
             run.counters.secant_moves += 1
     elif newton.quiet:
-        forecast, horizon, mover = _plan_move(run, observation, verdict)
+        planned = plan_move(run, observation, verdict, taken.rates)
+        mover = begin_move(run, planned)
     if not run.controller.plan.runs_backward:
         # Only a predicted step has to tell these gradients from fresh ones.
         run.mark_consumed()
-    return _done(run, observation, verdict, forecast, horizon, mover)
+    return replace(
+        _done(planned, mover, taken),
+        loss=observation.loss,
+        verdict=verdict,
+        gradient_norm=observation.gradient_norm,
+        action=verdict.action,
+    )
+
+
+def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:
+    """The base steps while the numbers travel, and skips on the device what is not
+    finite; the host takes in the real step before, whose numbers are there by now.
+
+    The move behind this step is planned from that one, before the base steps, so that
+    it can be made in the pass that takes the base's step in. Behind a step that the
+    base skipped it moves nothing: there is no displacement to go along.
+    """
+    assert isinstance(taken.reading, PendingReading)
+    flag = taken.reading.non_finite(run.device)
+    taken.reading.send()
+    before = settle(run)
+    taken.move, run.controller.move = run.controller.move, None
+    planned = Planned()
+    if before is not None:
+        planned = plan_move(run, *before, taken.rates)
+    made = take_base_step(run, step_base, flag, planned.gains)
+    run.pending = taken
+    run.counters.real_steps += 1
+    mover = begin_move(run, planned, made=made)
+    if not run.controller.plan.runs_backward:
+        run.mark_consumed()
+    return replace(_done(planned, mover, taken), complete=False)
 
 
 def predicted_step(run: Run) -> Done:
@@ -124,7 +167,7 @@ def predicted_step(run: Run) -> Done:
     run.space.refresh()
     rates = run.rates()
     release_unsharded(run.model)
-    finite = _move(run, controller.scaled(rates), 1.0 / plan.horizon)
+    finite = move_weights(run, controller.scaled(rates), 1.0 / plan.horizon)
     run.clear_gradients()
     run.counters.predicted_steps += 1
     if not finite:
@@ -159,10 +202,10 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
 
     Costs one forward. The user's random streams and BatchNorm statistics are untouched.
     """
-    controller, move = run.controller, run.controller.move
     assert run.model is not None
-    assert move is not None
     run.space.refresh()
+    settle(run)
+    controller, move = run.controller, run.controller.move
     started = time.perf_counter()
     loss = forward_only(closure, run.model)
     release_unsharded(run.model)
@@ -183,10 +226,7 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
         basis_sq=empty,
         learning_rate=float(run.rates().max()),
         lr_ratio=1.0,
-        moved_steps=move.horizon,
-        moved_progress=move.progress,
-        expected_loss=move.loss,
-        expected_loss_sigma=move.loss_sigma,
+        move=move,
     )
     verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
     if verdict.action is RecoveryAction.ROLL_BACK:
@@ -194,7 +234,9 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
     run.clear_gradients()
     controller.advance_validated()
     run.last_loss = loss
-    return Done(Mover.NONE, loss, verdict, horizon=move.horizon, progress=move.progress)
+    progress = 0.0 if move is None else move.progress
+    horizon = controller.plan.horizon
+    return Done(Mover.NONE, loss, verdict, horizon=horizon, progress=progress)
 
 
 def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
@@ -206,8 +248,8 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
     outcome = run.controller.outcome(observation, rolled_back=True)
     run.space.roll_back()
     run.restore_buffers()
-    if outcome is not None:
-        run.controller.learn(outcome)
+    if outcome is not None and observation.move is not None:
+        run.controller.learn(observation.move, outcome)
         run.predictor.feedback(outcome)
     run.controller.after_rollback()
     if run.secant is not None:
@@ -225,142 +267,6 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
         learning_rate=observation.learning_rate,
         action=RecoveryAction.ROLL_BACK,
     )
-
-
-# -- parts of a real step --------------------------------------------------------
-
-
-def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
-    """The reading, summed over ranks: what every rank then decides by."""
-    local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
-    count = run.collective.world_size
-    if count > 1:
-        share = [reading.loss / count, float(run.refused)]
-        rest = torch.tensor(share, dtype=torch.float64)
-        total = run.collective.sum(torch.cat([local.reshape(-1), rest]))
-        local, mean_loss = total[:-2].view_as(local), float(total[-2])
-        refused, run.refused = bool(total[-1] > 0.0), False
-    else:
-        mean_loss, refused = reading.loss, False
-    gradient_sq = local[:, 0]
-    norm = (
-        math.sqrt(float(gradient_sq.sum()))
-        if bool(gradient_sq.isfinite().all())
-        else (math.nan)
-    )
-    finite = math.isfinite(norm) and (not has_loss or math.isfinite(mean_loss))
-    finite = finite and not refused
-    rate = float(run.rates().max()) if len(run.shares) else 0.0
-    # A learning rate that is no number would go into every weight.
-    finite = finite and math.isfinite(rate)
-    run.slopes = local[:, -1]
-    move = run.controller.move
-    return Observation(
-        step=run.counters.steps,
-        loss=mean_loss,
-        gradient_norm=norm,
-        finite=finite,
-        gradient_sq=gradient_sq,
-        dots=local[:, 1 : 1 + BASIS_SIZE],
-        basis_sq=local[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
-        learning_rate=rate,
-        lr_ratio=run.controller.lr_ratio(rate),
-        moved_steps=0 if move is None else move.horizon,
-        moved_progress=0.0 if move is None else move.progress,
-        expected_loss=math.nan if move is None else move.loss,
-        expected_loss_sigma=math.nan if move is None else move.loss_sigma,
-    )
-
-
-def _learn(run: Run, observation: Observation) -> None:
-    """Let every learner take in an accepted observation."""
-    correcting.learn(run, observation)
-    outcome = run.controller.outcome(observation, rolled_back=False)
-    if outcome is not None:
-        run.controller.learn(outcome)
-        run.predictor.feedback(outcome)
-    if not run.controller.asleep and run.space.anchored:
-        run.predictor.observe(observation)
-    if math.isfinite(observation.loss):
-        if math.isfinite(observation.expected_loss):
-            error = abs(observation.loss - observation.expected_loss)
-            run.predictor_error.add(error / max(abs(observation.loss), 1e-12))
-        run.last_loss = observation.loss
-    run.monitor.absorb(observation)
-
-
-def _take_base_step(
-    run: Run, step_base: Callable[[], Any], skip: Tensor | None = None
-) -> None:
-    """The base's own step, with displacement and drift taken in around it.
-
-    Args:
-        skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
-            which read it on the device under the name that GradScaler uses.
-    """
-    ready = run.space.ready
-    if ready:
-        run.space.before_base()
-    started = time.perf_counter()
-    if skip is not None:
-        run.base.found_inf = skip  # type: ignore[attr-defined]
-    try:
-        with without_global_hooks():
-            step_base()
-    finally:
-        if skip is not None:
-            del run.base.found_inf  # type: ignore[attr-defined]
-    run.counters.base_s += time.perf_counter() - started
-    if ready:
-        run.space.after_base()
-    if not run.space.complete():
-        run.space.allocate()
-    run.keep_buffers()
-
-
-def _plan_move(
-    run: Run, observation: Observation, verdict: Verdict
-) -> tuple[Forecast | None, int, Mover]:
-    """Choose the move; fold it into this step when it consumes none."""
-    if not run.controller.warm or run.controller.asleep or not run.space.anchored:
-        return None, 0, Mover.NONE
-    forecast = run.predictor.forecast(run.slopes)
-    if forecast.turns_window:
-        run.space.turn_window()
-    plain = forecast
-    forecast = correcting.correct(run, forecast)
-    allowed = run.monitor.may_predict(run.counters.steps)
-    move = run.controller.schedule(
-        observation, verdict, forecast, run.rates(), run.slopes, allowed
-    )
-    if move is None:
-        return forecast, 0, Mover.NONE
-    if run.config.residual.enabled:
-        move.predicted, move.latent = plain.coefficients, plain.latent
-        move.slopes = run.slopes
-    if move.horizon == 0:
-        if not _move(run, move.coefficients, 1.0):
-            run.space.roll_back()
-            run.controller.move = None
-            return forecast, 0, Mover.NONE
-        run.counters.folded_moves += 1
-    return forecast, move.horizon, Mover.GAIN
-
-
-def _move(run: Run, coefficients: Tensor, scale: float) -> bool:
-    """Make a share of a move; False when it was refused as not finite.
-
-    Every rank answers alike, without communication: coefficients are the same
-    everywhere, and a shard that alone refuses says so in the next observation, which
-    then takes the whole move back on every rank.
-    """
-    if not bool(coefficients.isfinite().all()):
-        return False
-    written = run.space.move(coefficients, scale)
-    if run.collective.world_size == 1:
-        return written
-    run.refused = run.refused or not written
-    return True
 
 
 def _newton_retry(run: Run, observation: Observation, verdict: Verdict) -> Done:
@@ -387,10 +293,7 @@ def _report_rollback(run: Run, reason: str) -> None:
 
 def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     """Not finite and nothing to take back: the step does not happen."""
-    run.counters.skipped_steps += 1
-    run.mark_consumed()
-    counters = run.counters
-    events.step_skipped(counters.steps, verdict.reason, counters.skipped_steps)
+    count_skip(run, observation, verdict)
     return Done(
         Mover.NONE,
         observation.loss,
@@ -401,23 +304,17 @@ def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
-def _done(
-    run: Run,
-    observation: Observation,
-    verdict: Verdict,
-    forecast: Forecast | None,
-    horizon: int,
-    mover: Mover,
-) -> Done:
+def _done(planned: Planned, mover: Mover, taken: Pending) -> Done:
+    """What is known of a real step without its numbers."""
+    forecast, move = planned.forecast, planned.move
+    if forecast is None:
+        return Done(mover, math.nan, learning_rate=largest(taken.rates))
     return Done(
         mover,
-        observation.loss,
-        verdict,
-        horizon=horizon,
-        confidence=0.0 if forecast is None else forecast.confidence,
-        progress=0.0 if forecast is None else forecast.progress,
-        gain=0.0 if forecast is None else float(forecast.coefficients[:, STEP].mean()),
-        gradient_norm=observation.gradient_norm,
-        learning_rate=observation.learning_rate,
-        action=verdict.action,
+        math.nan,
+        horizon=0 if move is None else move.horizon,
+        confidence=forecast.confidence,
+        progress=forecast.progress,
+        gain=float(forecast.coefficients[:, STEP].mean()),
+        learning_rate=largest(taken.rates),
     )

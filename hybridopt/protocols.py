@@ -29,7 +29,8 @@ class Ops(Protocol):
 
     Lists have one tensor per parameter, in group order, all on one device; tensors may
     be empty, 0-dim or non-contiguous. Directions may have a lower precision than the
-    parameters; arithmetic is float32 (float64 for float64 parameters).
+    parameters; arithmetic is float32 (float64 for float64 parameters). A backend may
+    also have ``advance_move`` (``CupyOps.advance_move``), which is then preferred.
     """
 
     name: str
@@ -96,8 +97,9 @@ class Ops(Protocol):
 class Predictor(Protocol):
     """Learns in coefficient space where the weights go. Never sees an n-sized tensor.
 
-    ``observe`` is called once per accepted real step, before the base moves; then
-    ``forecast`` may be called; ``feedback`` once per finished cycle.
+    ``observe`` is called once per accepted real step, in order, at the step itself or
+    at the next one; then ``forecast`` may be called; ``feedback`` once per finished
+    cycle. What an observation measures is in it (``Observation.move``).
     """
 
     moving: bool

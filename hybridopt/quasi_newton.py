@@ -80,6 +80,7 @@ def after_base(run: Run, observation: Observation) -> bool:
     if direction is None:
         return False
     moved = flatten(parameters)
+    run.space.keep_anchor()
     add_flat_(parameters, mover.propose(direction, observation.loss, moved))
     run.space.moved = True
     return True

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from hybridopt.closure import buffers_of
 from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.controller import CONTEXT_SIZE
 from hybridopt.distributed import (
+    any_rank,
     build_collective,
     is_first,
     reduction_weights,
@@ -31,6 +33,7 @@ from hybridopt.errors import CheckpointError
 from hybridopt.guard import DivergenceMonitor
 from hybridopt.history import RunningMoments
 from hybridopt.kernels import select_ops
+from hybridopt.pending import Pending
 from hybridopt.protocols import (
     Collective,
     Corrector,
@@ -59,6 +62,9 @@ class Components:
     signals: Sequence[Signal] | None = None
     corrector: Corrector | None = None
     ops: Ops | None = None
+    skips_on: tuple[str, ...] = ("cuda",)
+    """Device types on which a fused base is left to skip bad steps by itself, so that
+    no real step waits for its own numbers. On the CPU nothing is gained by it."""
 
 
 @dataclass(slots=True)
@@ -105,6 +111,9 @@ class Run:
     )
     """|loss - expected| / |loss| of the loss forecasts."""
     last_step: StepRecord | None = None
+    pending: Pending | None = None
+    """The last real step, as long as its numbers have not been taken in."""
+    skips_on: tuple[str, ...] = ("cuda",)
     last_loss: float = float("nan")
     forward_form: bool = False
     """Whether the last real step came from a forward closure."""
@@ -120,8 +129,6 @@ class Run:
     """Loss at the point that the secant mover recorded last."""
     secant_off: bool = False
     """Whether the loss turned out too noisy for secant moves."""
-    slopes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    """(L,) -<g, s> of the base step before the last one."""
     started_s: float = 0.0
 
     def adopt(self, other: Run) -> None:
@@ -138,22 +145,6 @@ class Run:
     def decays(self) -> bool:
         """Whether the base shrinks weights besides following the gradient."""
         return any(bool(g.get("weight_decay")) for g in self.base.param_groups)
-
-    @property
-    def skips_on_device(self) -> bool:
-        """Whether the base leaves a step with NaN or inf undone by itself.
-
-        Fused bases on a GPU do when told by ``found_inf``; then no step needs the host
-        before the base moves.
-        """
-        return (
-            self.collective.world_size == 1
-            and (self.secant is None or self.secant_off or self.decays)
-            and bool(getattr(self.base, "_step_supports_amp_scaling", False))
-            and not hasattr(self.base, "found_inf")
-            and len({p.device for p in self.space.parameters()}) == 1
-            and self.device.type == "cuda"
-        )
 
     # -- rates ---------------------------------------------------------------------
 
@@ -172,7 +163,7 @@ class Run:
     def keep_buffers(self) -> None:
         """Remember the model's buffers beside the anchor."""
         if self.model is not None:
-            self.buffers = [b.detach().clone() for b in self.model.buffers()]
+            self.buffers = [b.detach().clone() for b in buffers_of(self.model)]
 
     def restore_buffers(self) -> None:
         """Give the model its buffers back, bit for bit."""
@@ -295,7 +286,10 @@ class Run:
             "last_loss": self.last_loss,
             "secant_loss": self.secant_loss,
             "secant_off": self.secant_off,
-            "slopes": self.slopes,
+            "refused": any_rank(self.collective, self.refused)
+            if self.sharded
+            else self.refused,
+            "pending": None if self.pending is None else self.pending.state_dict(),
             "forward_form": self.forward_form,
             "buffers": [b.cpu() for b in self.buffers],
         }
@@ -338,7 +332,9 @@ class Run:
         self.last_loss = float(state["last_loss"])
         self.secant_loss = float(state["secant_loss"])
         self.secant_off = bool(state["secant_off"])
-        self.slopes = state["slopes"]
+        self.refused = bool(state.get("refused", False))
+        pending = state.get("pending")
+        self.pending = None if pending is None else Pending.from_state(pending)
         self.forward_form = bool(state["forward_form"])
         buffers = list(self.model.buffers()) if self.model is not None else []
         kept = state["buffers"]
@@ -394,6 +390,7 @@ def build_run(
         sink=MetricsSink(config.metrics_path, keep=config.collect_metrics),
         shares=shares,
         enabled=config.enabled,
+        skips_on=components.skips_on,
     )
 
 

@@ -27,6 +27,9 @@ def summarize(run: Run) -> dict[str, Any]:
         ``predictor_error`` (running relative error of the expected loss);
         ``extra_bytes`` on the device; ``kernels``; ``estimated_speedup`` with
         ``speedup_basis``.
+
+        A real step whose numbers have not been taken in yet counts as made; if the base
+        skipped it, that shows one real step later.
     """
     counters = run.counters
     values: dict[str, Any] = {

@@ -8,7 +8,9 @@ parameter tensor, never one per weight.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +22,7 @@ __all__ = [
     "STEP",
     "Forecast",
     "Level",
+    "Move",
     "Mover",
     "Observation",
     "Outcome",
@@ -94,6 +97,42 @@ class Plan:
         return self.phase is not Phase.PREDICT and not self.validates
 
 
+@dataclass(slots=True)
+class Move:
+    """A predicted move: planned behind one real step, measured by the next."""
+
+    coefficients: Tensor
+    """(L, J), the whole move."""
+    rates: Tensor
+    """(L,) learning rates of the real step that the directions came from."""
+    horizon: int
+    """Steps that it consumes; 0 when it was folded into the real step."""
+    arm: int
+    context: list[float]
+    progress: float
+    """Expected progress in step equivalents."""
+    worth: float
+    """First-order worth sum_l a_l slope_l over slopes that point downhill, in loss
+    units, at the move's beginning."""
+    base_worth: float
+    """The same of the base step, sum_l slope_l."""
+    slope: float = math.nan
+    """sum_l a_l slope_l over all slopes, uphill ones too."""
+    loss: float = math.nan
+    """Expected loss behind the move."""
+    loss_sigma: float = math.nan
+    predicted: Tensor | None = None
+    """(L, J) coefficients before the residual correction; None without corrector."""
+    latent: Tensor | None = None
+    """The predictor's latent when the move was planned; None without corrector."""
+    slopes: Tensor | None = None
+    """(L,) slopes that the move was planned with; None without corrector."""
+
+    def as_state(self) -> dict[str, Any]:
+        """The fields by name, for state dictionaries."""
+        return {name: getattr(self, name) for name in Move.__dataclass_fields__}
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One real step as the host sees it, reduced over all ranks.
@@ -119,14 +158,30 @@ class Observation:
     """Largest learning rate over the parameter groups, as used by this step."""
     lr_ratio: float
     """This step's learning rate over that of the previous real step; 1 at first."""
-    moved_steps: int = 0
-    """Predicted steps made since the previous real step."""
-    moved_progress: float = 0.0
-    """Progress that was expected of the moves since then, in step equivalents."""
-    expected_loss: float = float("nan")
-    """What the predictor said that ``loss`` would be; nan if it said nothing."""
-    expected_loss_sigma: float = float("nan")
-    """Standard deviation that the predictor gave to ``expected_loss``."""
+    slopes: Tensor | None = None
+    """(L,) -<g, s> of the base step before, by the gradient that made it; None on
+    validations."""
+    move: Move | None = None
+    """What was moved since the previous real step, and what was expected of it; the
+    ``dots`` measure it. None where only the base moved."""
+    before_turn: bool = False
+    """Whether the drift window turned after this was measured but before it was taken
+    in: its drift column then still belongs to the direction before."""
+
+    @property
+    def moved_progress(self) -> float:
+        """Progress that was expected of the move, in step equivalents."""
+        return 0.0 if self.move is None else self.move.progress
+
+    @property
+    def expected_loss(self) -> float:
+        """What the predictor said that ``loss`` would be; nan if it said nothing."""
+        return math.nan if self.move is None else self.move.loss
+
+    @property
+    def expected_loss_sigma(self) -> float:
+        """Standard deviation that the predictor gave to ``expected_loss``."""
+        return math.nan if self.move is None else self.move.loss_sigma
 
     @property
     def alignment(self) -> Tensor:

@@ -4,7 +4,31 @@ from __future__ import annotations
 
 import torch
 
-from hybridopt.types import Forecast
+from hybridopt.types import Forecast, Move
+
+
+def move(coefficients: torch.Tensor | None = None, **fields: object) -> Move:
+    """A move of which a test names what matters to it; worth nothing otherwise."""
+    if coefficients is None:
+        coefficients = torch.zeros(1, 2, dtype=torch.float64)
+    values: dict = {
+        "coefficients": coefficients,
+        "rates": torch.ones(len(coefficients), dtype=torch.float64),
+        "horizon": 0,
+        "arm": 0,
+        "context": [],
+        "progress": 0.0,
+        "worth": 0.0,
+        "base_worth": 0.0,
+    }
+    return Move(**(values | fields))
+
+
+def move_of(forecast: Forecast, slopes: torch.Tensor, **fields: object) -> Move:
+    """The move that a forecast proposes, as the controller would record it."""
+    slope = float((forecast.coefficients[:, 0] * slopes).sum())
+    values = {"progress": forecast.progress, "slope": slope}
+    return move(forecast.coefficients, **(values | fields))
 
 
 class FixedPredictor:

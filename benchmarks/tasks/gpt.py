@@ -27,6 +27,7 @@ class GPTSize:
     batch: int
     held_out: int = 64
     """Windows that an evaluation reads."""
+    vocabulary: int = 256
 
 
 SIZES = {
@@ -35,9 +36,12 @@ SIZES = {
     "5m": GPTSize(layers=6, width=256, heads=8, context=256, batch=32, held_out=128),
     "124m": GPTSize(layers=12, width=768, heads=12, context=512, batch=16),
     "350m": GPTSize(layers=24, width=1024, heads=16, context=512, batch=8),
+    "gpt2": GPTSize(12, 768, 12, context=512, batch=16, vocabulary=50257),
+    "gpt2-large": GPTSize(36, 1280, 20, context=512, batch=8, vocabulary=50257),
 }
 """5m, 124m and 350m follow the GPT-2 shapes, less the token embedding of its
-vocabulary."""
+vocabulary; gpt2 (124M weights) and gpt2-large (774M) have it, for measuring time on
+random tokens."""
 
 
 def size_for(setting: Setting) -> GPTSize:
@@ -68,11 +72,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 over bytes, head tied to the embedding."""
+    """GPT-2, over bytes unless the size says otherwise; head tied to the embedding."""
 
     def __init__(self, size: GPTSize) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(256, size.width)
+        self.tokens = nn.Embedding(size.vocabulary, size.width)
         self.positions = nn.Embedding(size.context, size.width)
         self.blocks = nn.ModuleList([Block(size) for _ in range(size.layers)])
         self.norm = nn.LayerNorm(size.width)
@@ -85,7 +89,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) bytes to (B, T, 256) logits."""
+        """(B, T) tokens to (B, T, vocabulary) logits."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)

@@ -7,7 +7,6 @@ so runs repeat and resume bit for bit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from hybridopt.types import (
     STEP,
     Forecast,
     Level,
+    Move,
     Mover,
     Observation,
     Outcome,
@@ -27,7 +27,7 @@ from hybridopt.types import (
     Verdict,
 )
 
-__all__ = ["CONTEXT_SIZE", "Controller", "Move"]
+__all__ = ["CONTEXT_SIZE", "Controller"]
 
 CONTEXT_SIZE = 6
 """Length of the bandit's context, see ``Controller._context``."""
@@ -48,35 +48,6 @@ FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
 
 
-@dataclass(slots=True)
-class Move:
-    """A predicted move that is being made or waits for its measurement."""
-
-    coefficients: Tensor
-    """(L, J), the whole move."""
-    rates: Tensor
-    """(L,) learning rates of the real step that the directions came from."""
-    horizon: int
-    """Steps that it consumes; 0 when it was folded into the real step."""
-    arm: int
-    context: list[float]
-    progress: float
-    """Expected progress in step equivalents."""
-    worth: float
-    """First-order worth sum_l a_l slope_l, in loss units, at the move's beginning."""
-    base_worth: float
-    """The same of the base step, sum_l slope_l."""
-    loss: float = math.nan
-    """Expected loss behind the move."""
-    loss_sigma: float = math.nan
-    predicted: Tensor | None = None
-    """(L, J) coefficients before the residual correction; None without corrector."""
-    latent: Tensor | None = None
-    """The predictor's latent when the move was planned; None without corrector."""
-    slopes: Tensor | None = None
-    """(L,) slopes that the move was planned with; None without corrector."""
-
-
 class Controller:
     """Holds the plan and everything that it depends on, besides the learned parts."""
 
@@ -87,7 +58,7 @@ class Controller:
         self.real_steps = 0
         self.warm = config.warmup_steps == 0
         self.move: Move | None = None
-        """The move behind the last real step; measured by the next one."""
+        """The move behind the last real step, until an observation carries it."""
         self.sleep_steps = 0
         """Real steps left to sleep; asleep, only the base works."""
         self._sleep_length = FIRST_SLEEP_STEPS
@@ -107,16 +78,16 @@ class Controller:
         """This real step's learning rate over the previous one's; 1 at first."""
         return rate / self._last_rate if self._last_rate > 0 else 1.0
 
-    # -- measuring the move behind the last real step -----------------------------
+    # -- measuring a move ----------------------------------------------------------
 
     def outcome(self, observation: Observation, rolled_back: bool) -> Outcome | None:
-        """How the last move turned out, by the trapezoid rule on its two gradients.
+        """How the observed move turned out, by the trapezoid rule on two gradients.
 
         With delta the move, g its first and g' this gradient, its progress in step
         equivalents is w (1 + clip(r, -1, 1)) / 2 with r = <g', delta>/<g, delta> and w
         its first-order worth over the base step's. A move taken back made none.
         """
-        move = self.move
+        move = observation.move
         if move is None:
             return None
         progress = 0.0
@@ -127,25 +98,27 @@ class Controller:
         cost = 1.0 + (2.0 if rolled_back else 0.0)
         return Outcome(move.arm, progress, move.horizon, cost, rolled_back)
 
-    def learn(self, outcome: Outcome) -> None:
-        """Reward the arm: scheduled steps honestly covered per unit of cost.
+    def learn(self, move: Move, outcome: Outcome) -> None:
+        """Reward the move's arm: scheduled steps honestly covered per unit of cost.
 
         Steps consumed beyond the progress made count against the arm twice: once as
         not covered, once as debt to the schedule.
         """
-        if self.move is None:
-            return
         covered = 1.0 + min(outcome.progress, float(outcome.consumed_steps))
         debt = max(0.0, outcome.consumed_steps - outcome.progress)
         longest = 1.0 + self.policy.horizons[-1]
         reward = (covered - debt) / (outcome.cost * longest)
-        self.policy.update(outcome.arm, self.move.context, reward)
-        self.move = None
+        self.policy.update(outcome.arm, move.context, reward)
 
     # -- planning -----------------------------------------------------------------
 
-    def advance_real(self, observation: Observation) -> None:
+    def advance_real(self, observation: Observation, *, planned: bool = False) -> None:
         """Count an accepted real step and end warm-up when it is over.
+
+        Args:
+            observation: The step's.
+            planned: Whether a Predict phase has begun behind the step already; then
+                its plan stands.
 
         Warm-up lasts ``warmup_steps`` and as long as the scheduler has never stopped
         raising the learning rate: gains that grow against a tiny rate would then
@@ -156,12 +129,13 @@ class Controller:
         rising = first or observation.lr_ratio > 1.0 + 1e-9
         self._last_rate = observation.learning_rate
         self.real_steps += 1
-        self._since_predict += 1
         if self.sleep_steps:
             self.sleep_steps -= 1
         if not self.warm and self.real_steps >= self.config.warmup_steps and not rising:
             self.warm = True
-        self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
+        if not planned:
+            self._since_predict += 1
+            self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
 
     def schedule(
         self,
@@ -200,6 +174,7 @@ class Controller:
             forecast.progress,
             worth,
             float(downhill.sum()),
+            float((forecast.coefficients[:, STEP] * slopes).sum()),
             forecast.loss,
             forecast.loss_sigma,
         )
@@ -317,9 +292,7 @@ class Controller:
                 plan.arm,
                 plan.validates,
             ],
-            "move": None
-            if move is None
-            else {k: getattr(move, k) for k in Move.__dataclass_fields__},
+            "move": None if move is None else move.as_state(),
             "policy": self.policy.state_dict(),
         }
 

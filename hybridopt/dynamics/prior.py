@@ -12,10 +12,10 @@ from torch import Tensor
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
 from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
-from hybridopt.dynamics.state import load_or_undo, tensor_like
+from hybridopt.dynamics.state import load_or_undo
 from hybridopt.dynamics.trend import Efficiency, Gate, Honesty, LossTrend
 from hybridopt.dynamics.window import WindowGains
-from hybridopt.types import BASIS_SIZE, DRIFT, STEP, Forecast, Observation, Outcome
+from hybridopt.types import DRIFT, STEP, Forecast, Observation, Outcome
 
 __all__ = ["PriorPredictor", "Worth", "check_kind"]
 
@@ -58,14 +58,6 @@ class PriorPredictor:
         self.honesty = Honesty()
         self.moving = False
         """Whether gains may change; set by the caller once warm-up is over."""
-        self._empty = torch.zeros(
-            len(sizes), BASIS_SIZE, dtype=torch.float64, device="cpu"
-        )
-        self._forget_move()
-
-    def _forget_move(self) -> None:
-        self._move: Tensor | None = None
-        self._move_slope = math.nan
 
     # -- Predictor -----------------------------------------------------------------
 
@@ -77,8 +69,8 @@ class PriorPredictor:
     def forecast(self, slopes: Tensor) -> Forecast:
         """Propose the move behind the base step just taken.
 
-        Repeating the call gives the same answer. What it writes is only the record of
-        the proposed move, by which the next observation measures the efficiency.
+        Repeating the call gives the same answer. What it writes is only that a drift
+        window has ended, if one has.
         """
         return self.forecast_with(slopes, self.worth(None), 1.0, None)
 
@@ -91,7 +83,6 @@ class PriorPredictor:
             self.window.shrink()
             self.efficiency.add_sample(0.0)
             self.efficiency.skip()
-            self._forget_move()
 
     def reset(self) -> None:
         """Forget everything but ``moving``, which is the caller's."""
@@ -101,7 +92,6 @@ class PriorPredictor:
         self.efficiency = Efficiency()
         self.gate = Gate()
         self.honesty = Honesty()
-        self._forget_move()
 
     # -- parts that a learned predictor puts its correction between ----------------
 
@@ -115,18 +105,18 @@ class PriorPredictor:
 
     def absorb(self, observation: Observation, alignment: Tensor) -> None:
         """Take in the statistics of one real step; gains stay."""
-        if observation.moved_progress != 0.0 and self._move is not None:
-            gains = self._move[:, STEP]
+        move = observation.move
+        if move is not None and move.progress != 0.0:
+            gains = move.coefficients[:, STEP]
             end = -float((gains * observation.dots[:, STEP]).sum())
-            self.efficiency.add(self._move_slope, end)
+            self.efficiency.add(move.slope, end)
             length = float((gains * gains * observation.basis_sq[:, STEP]).sum())
             norm = observation.gradient_norm
             # A float to a power raises on overflow; a product becomes inf.
             self.gate.add(end, length, norm * norm)
         else:
             self.efficiency.skip()
-        self.honesty.add(observation.loss, self._promised(observation))
-        self._move = None
+        self.honesty.add(observation.loss, _promised(observation))
         self.gains.absorb(alignment)
         self.window.absorb(observation)
         self.trend.add(observation.loss)
@@ -148,13 +138,6 @@ class PriorPredictor:
                 significance = self.gains.significance()
             self.gains.grow(significance)
         self.window.grow()
-
-    def _promised(self, observation: Observation) -> float:
-        """-<g', delta> of the base step and the move behind it."""
-        taken = observation.dots[:, STEP]
-        if self._move is not None:
-            taken = taken + (self._move * observation.dots).sum(1)
-        return -float(taken.sum())
 
     def worth(self, correction: Correction | None) -> Worth:
         """Expected efficiency and loss, corrected where a correction is given.
@@ -179,13 +162,12 @@ class PriorPredictor:
     def forecast_with(
         self, slopes: Tensor, worth: Worth, confidence: float, latent: Tensor | None
     ) -> Forecast:
-        """Assemble the forecast from its parts and record the proposed move."""
+        """Assemble the forecast from its parts."""
         coefficients = self.gains.coefficients()
         drift = self.window.turn(self.moving)
         if drift is not None:
             coefficients[:, DRIFT] = drift
-        self._move = coefficients
-        self._move_slope, first_order = self._first_order(coefficients, slopes)
+        first_order = _first_order(coefficients, slopes)
         known = self.gains.count > 0 and worth.efficiency > 0.0
         bound = worth.efficiency_lower / worth.efficiency if known else 0.0
         return Forecast(
@@ -200,20 +182,6 @@ class PriorPredictor:
             latent=latent,
         )
 
-    def _first_order(self, coefficients: Tensor, slopes: Tensor) -> tuple[float, float]:
-        """The slope along the step move, and its first-order worth in base steps.
-
-        A loop over host numbers: sums over a few tensors cost less here than there.
-        """
-        steps = slopes.tolist()
-        gained = coefficients[:, STEP].tolist()
-        decreases = [a * step for a, step in zip(gained, steps, strict=True)]
-        worth = sum([decrease for decrease in decreases if decrease > 0.0])
-        total = sum([step for step in steps if step > 0.0])
-        if not (total > 0.0 and math.isfinite(worth / total)):
-            return sum(decreases), 0.0
-        return sum(decreases), worth / total
-
     def _open(self) -> float:
         return self.gate.open if self.honesty.trusted else 0.0
 
@@ -224,7 +192,7 @@ class PriorPredictor:
     # -- state ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Gains, statistics, and the move that the next observation judges."""
+        """Gains and statistics."""
         return {
             "kind": self.KIND,
             "moving": self.moving,
@@ -234,8 +202,6 @@ class PriorPredictor:
             "gate": self.gate.state_dict(),
             "honesty": self.honesty.state_dict(),
             "window": self.window.state_dict(),
-            "move": None if self._move is None else self._move.clone(),
-            "move_slope": self._move_slope,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -250,10 +216,29 @@ class PriorPredictor:
         self.gate.load_state_dict(state["gate"])
         self.honesty.load_state_dict(state["honesty"])
         self.window.load_state_dict(state["window"])
-        move = state["move"]
-        self._move = None if move is None else tensor_like(state, "move", self._empty)
-        self._move_slope = float(state["move_slope"])
         self.moving = bool(state["moving"])
+
+
+def _promised(observation: Observation) -> float:
+    """-<g', delta> of the base step and the move behind it."""
+    taken = observation.dots[:, STEP]
+    if observation.move is not None:
+        taken = taken + (observation.move.coefficients * observation.dots).sum(1)
+    return -float(taken.sum())
+
+
+def _first_order(coefficients: Tensor, slopes: Tensor) -> float:
+    """First-order worth of the step move in base steps.
+
+    A loop over host numbers: sums over a few tensors cost less here than there.
+    """
+    steps = slopes.tolist()
+    gained = coefficients[:, STEP].tolist()
+    worth = sum(
+        [a * step for a, step in zip(gained, steps, strict=True) if a * step > 0.0]
+    )
+    total = sum([step for step in steps if step > 0.0])
+    return worth / total if total > 0.0 and math.isfinite(worth / total) else 0.0
 
 
 def check_kind(state: dict[str, Any], kind: str) -> None:

@@ -54,16 +54,21 @@ class WindowGains:
         """Whether the window was turned since the last observation."""
         self._dots, self._gradients, self._direction = empty, empty, empty
         self._made = False
+        self._late = False  # an observation from before the turn came behind it
 
     @property
     def full(self) -> bool:
-        """Whether the move is due."""
+        """Whether the window has all its steps."""
         return self.enabled and self.count >= self._config.window_steps
 
     def absorb(self, observation: Observation) -> None:
         """Take in one real step; after a turn it opens the next window."""
         if not self.enabled:
             return
+        if self.turned and observation.before_turn:
+            self._late = True  # it belongs to the window that has ended
+            return
+        self._late = False
         if self.turned:
             self.turned = False
             self.count = 0
@@ -76,7 +81,7 @@ class WindowGains:
 
     def grow(self) -> None:
         """Move the gains when a window behind a made move is full."""
-        if not (self.full and self._made):
+        if not (self.full and self._made) or self.turned:
             return
         norm = (self._gradients * self._direction).sqrt().clamp_min(1e-300)
         cosine = (self._dots / norm).nan_to_num(0.0, 0.0, 0.0)
@@ -92,7 +97,7 @@ class WindowGains:
         Before ``moving`` windows turn too, but nothing moves. Repeating the call gives
         the same answer until the next observation.
         """
-        if not self.full:
+        if not self.full or self._late:
             return None
         self.turned = True
         self._made = moving
@@ -113,6 +118,7 @@ class WindowGains:
             "count": self.count,
             "turned": self.turned,
             "made": self._made,
+            "late": self._late,
             "dots": self._dots.clone(),
             "gradients": self._gradients.clone(),
             "direction": self._direction.clone(),
@@ -126,3 +132,4 @@ class WindowGains:
         self._direction = tensor_like(state, "direction", self._direction)
         self.count = int(state["count"])
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
+        self._late = bool(state.get("late", False))

@@ -34,7 +34,7 @@ def kernel_options(
     Args:
         name: File in ``source`` without its suffix.
         roles: Formats of weights, gradients and directions, in this order.
-        directions: J.
+        directions: J; for ``advance`` 1 where it makes the move along s as well.
         adamw: Which base ``base.cu`` is; the other files ignore it.
     """
     param, grad, basis = (FORMATS[r] for r in roles)

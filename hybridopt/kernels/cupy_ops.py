@@ -115,19 +115,60 @@ class CupyOps:
         directions: 22 bytes per weight); two launches.
         """
         lists = [parameters, gradients, anchor, step, lag]
+        result = self._advance(lists, beta, None)
+        if result is None:
+            return self._reference.advance(
+                parameters, gradients, anchor, step, lag, beta
+            )
+        return result
+
+    def advance_move(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        anchor: Sequence[Tensor],
+        step: Sequence[Tensor],
+        lag: Sequence[Tensor],
+        beta: float,
+        gains: Tensor,
+    ) -> Tensor | None:
+        """``advance``, and the move theta_l += gains[l] s_l behind it, in one pass.
+
+        For moves that nobody takes back: the anchor is the weight behind the move, and
+        a weight that would not be finite stays where it is while the others move.
+
+        Args:
+            gains: (L,) float32, on the host or the device.
+
+        Returns:
+            As ``advance``; None if the kernels do not serve these tensors, and then
+            nothing was written.
+
+        Cost: as ``advance`` and one write of theta (26 bytes per weight where
+        ``advance``, ``apply`` and the copy of the anchor move 46); two launches.
+        """
+        lists = [parameters, gradients, anchor, step, lag]
+        return self._advance(lists, beta, gains)
+
+    def _advance(
+        self, lists: list[Sequence[Tensor]], beta: float, gains: Tensor | None
+    ) -> Tensor | None:
+        parameters, _, anchor, step, lag = lists
         run = self.launcher
         with run.on_stream() as stream:
             table = run.table(stream, lists, ((0, 2), (3, 4)))
             if table is None:
-                return self._reference.advance(
-                    parameters, gradients, anchor, step, lag, beta
-                )
+                return None
             partials = run.floats(table.layout.chunks * 3)
-            args = (partials.data_ptr(), run.number(beta))
-            run.sweep("advance", table, (0, 1, 3), (0,), *args)
+            factors = None if gains is None else run.factors(gains)
+            address = 0 if factors is None else factors.data_ptr()
+            args = (partials.data_ptr(), run.number(beta), address)
+            run.sweep("advance", table, (0, 1, 3), (int(gains is not None),), *args)
             result = run.floats(len(parameters), 3)
             run.total(table, partials, 3, result)
         _mark_written(step, lag, anchor)
+        if gains is not None:
+            _mark_written(parameters)
         return result
 
     def apply(

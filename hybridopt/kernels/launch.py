@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridopt.kernels.compilation import kernel_options, kernel_source
 from hybridopt.kernels.layout import Layout, build_layout
-from hybridopt.kernels.recent import Fingerprints, Recent
+from hybridopt.kernels.recent import Fingerprints, Recent, Seen
 
 __all__ = ["Launcher", "Table"]
 
@@ -46,6 +46,8 @@ class Table:
     layout: Layout
     words: Tensor
     owner: Tensor
+    held: list[int] = field(default_factory=list)
+    """Numbers of the lists whose addresses it holds."""
     launches: dict[Any, tuple[Launch, ...]] = field(default_factory=dict)
     """What was launched with this table, by kernel and variant."""
 
@@ -120,9 +122,12 @@ class Launcher:
     ) -> Table | None:
         """The address table of a call, or None if the kernels cannot serve it.
 
-        Tables are kept per stream, since nothing but stream order makes their contents
-        visible. Inside a graph capture none is looked up or kept: the fill becomes part
-        of the graph, whose memory pool then owns the table.
+        A table is kept per kind of lists: gradients come back in other memory at most
+        steps, and then only their addresses are written anew. Tables are kept per
+        stream, since nothing but stream order makes their contents visible, and keeps
+        them unchanged until earlier launches have read them. Inside a graph capture
+        none is looked up or kept: the fill becomes part of the graph, whose memory pool
+        then owns the table.
 
         Args:
             stream: Address of the current stream.
@@ -131,16 +136,28 @@ class Launcher:
         """
         if self.capturing():
             return self._build(lists, same)
-        numbers = [self._prints.number(tensors) for tensors in lists]
-        if None in numbers:
+        seen = [one for one in map(self._prints.look, lists) if one is not None]
+        if len(seen) < len(lists):
             return self._build(lists, same)
-        key = (stream, self.chunk_size, tuple(same), *numbers)
+        key = (stream, self.chunk_size, tuple(same), *(one.kind for one in seen))
         table = self._tables.get(key)
         if table is None:
             table = self._build(lists, same)
             if table is not None:
+                table.held[:] = [one.number for one in seen]
                 self._tables.put(key, table)
+            return table
+        for row, one in enumerate(seen):
+            if table.held[row] != one.number:
+                self._readdress(table, row, one)
         return table
+
+    def _readdress(self, table: Table, row: int, seen: Seen) -> None:
+        """Write one list's addresses into a table."""
+        count = table.layout.tensors
+        order = table.layout.words[len(table.layout.words) - count :]
+        self._fill(table.words, row * count, [seen.addresses[i] for i in order])
+        table.held[row] = seen.number
 
     def sweep(
         self,
@@ -214,18 +231,22 @@ class Launcher:
             return None
         words = torch.empty(len(layout.words), dtype=torch.int64, device=self.device)
         owner = torch.empty(layout.chunks, dtype=torch.int32, device=self.device)
-        fill = self._plan("fill")
-        for start in range(0, len(layout.words), _FILL_WORDS):
-            part = layout.words[start : start + _FILL_WORDS]
-            held = self._numpy.zeros(1, dtype=[("at", "i8", (_FILL_WORDS,))])
-            held["at"][0, : len(part)] = part
-            to = words.data_ptr() + 8 * start
-            fill((1,), (_THREADS,), (to, len(part), held))
+        self._fill(words, 0, layout.words)
         table = Table(layout, words, owner)
         if layout.tensors:
             args = (*table.head(), owner.data_ptr())
             self._plan("own")((layout.tensors,), (_THREADS,), args)
         return table
+
+    def _fill(self, words: Tensor, begin: int, values: Sequence[int]) -> None:
+        """Write values into a table's words, from ``begin`` on."""
+        fill = self._plan("fill")
+        for start in range(0, len(values), _FILL_WORDS):
+            part = values[start : start + _FILL_WORDS]
+            held = self._numpy.zeros(1, dtype=[("at", "i8", (_FILL_WORDS,))])
+            held["at"][0, : len(part)] = part
+            to = words.data_ptr() + 8 * (begin + start)
+            fill((1,), (_THREADS,), (to, len(part), held))
 
     def _plan(self, name: str) -> Any:
         return self._kernel(f"plan.{name}", ((torch.float32,) * 3, 0))

@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-__all__ = ["Fingerprints", "Recent"]
+__all__ = ["Fingerprints", "Recent", "Seen"]
 
 _KEPT = 64
 """Entries kept; a training loop uses a few, one per set of addresses."""
@@ -50,13 +50,17 @@ class Recent(Generic[Value]):
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
     """The tensors last seen at some addresses."""
 
     references: list[ref[Tensor]]
+    addresses: tuple[int, ...]
     sizes: list[int]
     formats: list[torch.dtype]
     number: int
+    """Same number: same addresses, sizes and formats."""
+    kind: int
+    """Same kind: same sizes and formats, wherever they are."""
 
 
 class Fingerprints:
@@ -70,35 +74,46 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self._seen: Recent[_Seen] = Recent()
+        self._seen: Recent[Seen] = Recent()
         self._numbers: Recent[int] = Recent()
+        self._kinds: Recent[int] = Recent()
         self._next = count(1)
 
     def number(self, tensors: Sequence[Tensor]) -> int | None:
         """The number of a list, or None if not all of its tensors are contiguous."""
+        seen = self.look(tensors)
+        return None if seen is None else seen.number
+
+    def look(self, tensors: Sequence[Tensor]) -> Seen | None:
+        """What is known of a list, or None if not all of its tensors are contiguous."""
         addresses = tuple(map(Tensor.data_ptr, tensors))
         seen = self._seen.get(addresses)
         if seen is None:
             return self._inspect(addresses, tensors, None)
         if all(map(is_, tensors, map(call, seen.references))):
-            return seen.number
+            return seen
         return self._inspect(addresses, tensors, seen)
 
     def _inspect(
-        self, addresses: tuple[int, ...], tensors: Sequence[Tensor], seen: _Seen | None
-    ) -> int | None:
+        self, addresses: tuple[int, ...], tensors: Sequence[Tensor], seen: Seen | None
+    ) -> Seen | None:
         if not all(map(Tensor.is_contiguous, tensors)):
             return None
         sizes = list(map(Tensor.numel, tensors))
         formats = [t.dtype for t in tensors]
         if seen is not None and sizes == seen.sizes and formats == seen.formats:
             seen.references = list(map(ref, tensors))
-            return seen.number
-        key = (addresses, tuple(sizes), tuple(formats))
-        number = self._numbers.get(key)
+            return seen
+        kind = self._number(self._kinds, (tuple(sizes), tuple(formats)))
+        number = self._number(self._numbers, (addresses, kind))
+        references = list(map(ref, tensors))
+        found = Seen(references, addresses, sizes, formats, number, kind)
+        self._seen.put(addresses, found)
+        return found
+
+    def _number(self, numbers: Recent[int], key: Hashable) -> int:
+        number = numbers.get(key)
         if number is None:
             number = next(self._next)
-            self._numbers.put(key, number)
-        references = list(map(ref, tensors))
-        self._seen.put(addresses, _Seen(references, sizes, formats, number))
+            numbers.put(key, number)
         return number

@@ -53,6 +53,7 @@ class MetricsSink:
         self.keep = keep
         self.flush_interval = flush_interval
         self.records: list[StepRecord] = []
+        self._held: list[StepRecord] = []
         self._pending: list[bytes] = []
         self._starts_anew = False
         self._arm_finalizer()
@@ -68,6 +69,9 @@ class MetricsSink:
         Raises:
             OSError: The file cannot be written; the lines stay pending.
         """
+        if self._held:
+            self._held.append(record)
+            return
         if self.keep:
             self.records.append(record)
         if self.path is None:
@@ -78,6 +82,20 @@ class MetricsSink:
         self._pending.append(msgspec.json.encode(record) + b"\n")
         if len(self._pending) >= self.flush_interval:
             self.flush()
+
+    def hold(self, record: StepRecord) -> None:
+        """Take in a record that still lacks its numbers, and keep back what follows."""
+        if self.active:
+            self._held.append(record)
+
+    def complete(self, record: StepRecord) -> None:
+        """Take in the held record with its numbers, and then what was kept back."""
+        if not self._held:
+            return
+        later = self._held[1:]
+        self._held.clear()
+        for one in (record, *later):
+            self.write(one)
 
     def flush(self) -> None:
         """Write the pending lines."""
@@ -100,7 +118,7 @@ class MetricsSink:
     def _arm_finalizer(self) -> None:
         # A program that ends without close() would lose the last lines. The finalizer
         # must not hold the sink itself, hence the bare list and path.
-        weakref.finalize(self, _write_rest, self.path, self._pending)
+        weakref.finalize(self, _write_rest, self.path, self._pending, self._held)
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -109,6 +127,7 @@ class MetricsSink:
         self.__dict__.update(state)
         # Pending lines belong to the original: a copy would write them twice.
         self._pending = []
+        self._held = []
         self._arm_finalizer()
 
 
@@ -118,8 +137,11 @@ def _write(path: Path, lines: Iterable[bytes], mode: str) -> None:
         file.writelines(lines)
 
 
-def _write_rest(path: Path | None, pending: list[bytes]) -> None:
+def _write_rest(
+    path: Path | None, pending: list[bytes], held: list[StepRecord]
+) -> None:
     """Write what a sink left behind when it was collected or the program ended."""
+    pending = pending + [msgspec.json.encode(record) + b"\n" for record in held]
     if path is not None and pending:
         # The directory may be gone by now (a temporary one): nobody could act on it.
         with contextlib.suppress(OSError):

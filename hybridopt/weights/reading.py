@@ -40,7 +40,8 @@ class PendingReading:
 
     def __init__(self, size: int, loss: Tensor | float | None) -> None:
         self._size = size
-        self._loss = loss
+        # It may wait for a whole step, and must not keep the graph alive as long.
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         self._blocks: list[tuple[list[int], Tensor]] = []
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._host: list[Tensor] | None = None
@@ -63,7 +64,7 @@ class PendingReading:
         for _, values in self._blocks:
             total = total + values[:, 0].sum().to(device, torch.float32)
         if isinstance(self._loss, Tensor):
-            total = total + self._loss.detach().to(device, torch.float32).reshape(())
+            total = total + self._loss.to(device, torch.float32).reshape(())
         # NaN and inf survive the sum and turn into NaN here; finite numbers into 0.
         return (total - total).ne(0.0).to(torch.float32)
 
@@ -86,7 +87,9 @@ class PendingReading:
         if self._host is None:
             self.send()
         for event in self._events:
-            event.synchronize()
+            # Asking costs less than waiting, even for what has long been there.
+            if not event.query():  # type: ignore[no-untyped-call]
+                event.synchronize()
         host = [t.double() for t in self._host or []]
         statistics = torch.zeros(self._size, 1 + 2 * BASIS_SIZE, dtype=torch.float64)
         slopes = torch.zeros(self._size, dtype=torch.float64)
@@ -118,7 +121,7 @@ class PendingReading:
         parts = [values for _, values in self._blocks]
         parts += [values for _, values in self._slopes]
         if isinstance(self._loss, Tensor):
-            parts.append(self._loss.detach())
+            parts.append(self._loss)
         return parts
 
     def _fused(self) -> bool:

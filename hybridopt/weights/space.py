@@ -19,6 +19,13 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import Ops
+from hybridopt.weights.advancing import (
+    advance,
+    advance_low,
+    advance_moved,
+    copy_across,
+)
+from hybridopt.weights.averaging import averaged
 from hybridopt.weights.buckets import (
     ANCHOR,
     DRIFT_KEY,
@@ -57,6 +64,11 @@ class WeightSpace:
         """Whether the anchor holds the weights that the last real step left."""
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
+        self._owed = False
+        """Whether the anchor is older than the weights that it should hold; only with
+        low memory, where it is taken when a move first needs it."""
+        self._copied: torch.cuda.Event | None = None
+        """When the anchor is complete in host memory."""
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._table = BucketTable(base)
 
@@ -155,6 +167,7 @@ class WeightSpace:
         self._slopes = []
         self.anchored = False
         self.moved = False
+        self._owed = False
 
     def _new_anchor(self, p: Tensor) -> Tensor:
         # A shard stays on its device: as a plain tensor it would be saved as a whole.
@@ -162,7 +175,7 @@ class WeightSpace:
         if not self.low_memory or sharded or local(p).device.type == "cpu":
             return p.detach().clone(memory_format=torch.preserve_format)
         plain = local(p)
-        return torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
+        return torch.zeros(plain.shape, dtype=plain.dtype, pin_memory=True)
 
     def restore_dtypes(self) -> None:
         """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
@@ -202,40 +215,38 @@ class WeightSpace:
                 self.ops.copy(bucket.parameters, bucket.anchors)
         self.moved = False
 
-    def after_base(self) -> None:
-        """Take in the base's step: s, v and the anchor."""
-        self._slopes = []
-        for bucket in self._tracked_buckets():
+    def after_base(self, gains: Tensor | None = None) -> bool:
+        """Take in the base's step: s, v and the anchor.
+
+        Args:
+            gains: (L,) of a move along s that nobody will take back. Where the backend
+                has a kernel for it, it is made in the same pass, and the anchor is then
+                the weight behind it.
+
+        Returns:
+            Whether that move was made.
+        """
+        buckets = self._tracked_buckets()
+        made = None
+        if gains is not None and not self.low_memory:
+            made = advance_moved(self.ops, buckets, self.beta, gains)
+        self._slopes = [] if made is None else [(buckets[0].rows, made)]
+        for bucket in buckets if made is None else ():
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
-                self.ops.copy(bucket.parameters, bucket.anchors)
+                if not self.low_memory:
+                    self.ops.copy(bucket.parameters, bucket.anchors)
                 continue
             if self.low_memory:
-                dots = self._advance_low(bucket)
+                dots = advance_low(self.ops, bucket)
             else:
-                dots = self.ops.advance(
-                    bucket.parameters,
-                    bucket.gradients,
-                    bucket.anchors,
-                    bucket.steps,
-                    bucket.lags,
-                    self.beta,
-                )[:, 0]
-                if bucket.windows:
-                    # The EMA's own step is (1 - beta) / beta of the new lag.
-                    share = (1.0 - self.beta) / self.beta
-                    torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
+                dots = advance(self.ops, bucket, self.beta)
             self._slopes.append((bucket.rows, dots))
         self.anchored = True
         self.moved = False
-
-    def _advance_low(self, bucket: Bucket) -> Tensor:
-        # s holds the weights before the base step; s <- theta - s in place.
-        torch._foreach_neg_(bucket.steps)
-        torch._foreach_add_(bucket.steps, bucket.parameters)
-        self.ops.copy(bucket.parameters, bucket.anchors)
-        return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+        self._owed = self.low_memory
+        return made is not None
 
     def turn_window(self) -> None:
         """D <- D, D <- 0: the window's displacement becomes the drift direction."""
@@ -252,18 +263,38 @@ class WeightSpace:
 
     # -- moves ---------------------------------------------------------------------
 
-    def move(self, coefficients: Tensor, scale: float) -> bool:
+    def keep_anchor(self) -> None:
+        """See to it that the anchor holds the weights as they are, before a move.
+
+        To host memory, where low memory keeps it, without waiting: what moves the
+        weights is queued behind the copy.
+        """
+        if not self._owed:
+            return
+        for bucket in self._tracked_buckets():
+            self._copied = copy_across(self.ops, bucket.parameters, bucket.anchors)
+        self._owed = False
+
+    def move(
+        self, coefficients: Tensor, scale: float, *, revocable: bool = True
+    ) -> bool:
         """theta_l += scale * sum_j coefficients[l, j] b_jl.
 
         Args:
             coefficients: (L, J).
             scale: The share of the whole move that this call makes.
+            revocable: Whether somebody may take the move back.
 
         Returns:
             False when a new weight would not have been finite; then nothing moved.
         """
         verdicts = []
-        for bucket in self._tracked_buckets():
+        buckets = self._tracked_buckets()
+        # Of several buckets, one may refuse what another has made.
+        kept = revocable or not self.low_memory or len(buckets) > 1
+        if kept:
+            self.keep_anchor()
+        for bucket in buckets:
             columns = len(bucket.basis)
             chosen = coefficients[:, :columns]
             if len(bucket.rows) != len(coefficients):
@@ -273,7 +304,7 @@ class WeightSpace:
                     bucket.parameters, bucket.basis, chosen.to(torch.float32), scale
                 )[-1]
             )
-        self.moved = True
+        self.moved = self.moved or kept
         if len(verdicts) == 1 and verdicts[0].device.type != "cpu":
             # The kernel has already refused a bad move on the device; waiting for
             # its answer would stall every step.
@@ -301,6 +332,7 @@ class WeightSpace:
 
     def add(self, tensors: list[Tensor]) -> None:
         """theta_l += tensor_l for every tracked tensor, in row order."""
+        self.keep_anchor()
         rows = sorted(row for b in self._tracked_buckets() for row in b.rows)
         place = {row: index for index, row in enumerate(rows)}
         for bucket in self._tracked_buckets():
@@ -313,8 +345,8 @@ class WeightSpace:
 
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""
-        for bucket in self._tracked_buckets():
-            self.ops.copy(bucket.anchors, bucket.parameters)
+        for bucket in () if self._owed else self._tracked_buckets():
+            copy_across(self.ops, bucket.anchors, bucket.parameters)
         self.moved = False
 
     # -- averaged weights ------------------------------------------------------------
@@ -329,29 +361,20 @@ class WeightSpace:
             yield
             return
         self.refresh()
-        groups = self._tracked_buckets()
-        kept = [[p.clone() for p in g.parameters] for g in groups]
-        with torch.no_grad():
-            for g in groups:
-                lags = [
-                    v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)
-                ]
-                torch._foreach_sub_(g.parameters, lags)
-        try:
+        with averaged(self.ops, self._tracked_buckets()):
             yield
-        finally:
-            with torch.no_grad():
-                for g, old in zip(groups, kept, strict=True):
-                    self.ops.copy(old, g.parameters)
 
     # -- state -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The flags and the host-bound slopes; tensors live in the base's state."""
         rows = [(list(r), s.detach().cpu()) for r, s in self._slopes]
+        if self._copied is not None:
+            self._copied.synchronize()
         return {
             "anchored": self.anchored,
             "moved": self.moved,
+            "owed": self._owed,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -359,6 +382,7 @@ class WeightSpace:
         """Restore what ``state_dict`` returned."""
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
+        self._owed = bool(state.get("owed", False))
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))

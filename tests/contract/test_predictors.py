@@ -231,7 +231,6 @@ def test_predictor_held_keeps_initial_gains_and_gathers_statistics(kind):
         lambda s: _prior_state(s)["gains"].update(mean=torch.zeros(L, 2)),
         lambda s: _prior_state(s)["trend"].update(level="high"),
         lambda s: _prior_state(s)["efficiency"].clear(),
-        lambda s: _prior_state(s).update(move=torch.zeros(1)),
         lambda s: s.clear(),
     ],
 )

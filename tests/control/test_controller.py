@@ -9,7 +9,7 @@ from hybridopt.control.controller import CONTEXT_SIZE
 from hybridopt.types import Forecast, Level, Observation, RecoveryAction, Verdict
 
 
-def _observation(dots):
+def _observation(dots, move=None):
     columns = torch.tensor([[d, 0.0] for d in dots], dtype=torch.float64)
     return Observation(
         step=5,
@@ -21,6 +21,7 @@ def _observation(dots):
         basis_sq=torch.ones(len(dots), 2, dtype=torch.float64),
         learning_rate=0.1,
         lr_ratio=1.0,
+        move=move,
     )
 
 
@@ -34,8 +35,9 @@ def _moved(gains, slopes, efficiency):
     rates = torch.ones(len(gains), dtype=torch.float64)
     verdict = Verdict(Level.OK, RecoveryAction.CONTINUE)
     zero = _observation([0.0] * len(gains))
-    assert controller.schedule(zero, verdict, forecast, rates, sigma, True) is not None
-    return controller
+    move = controller.schedule(zero, verdict, forecast, rates, sigma, True)
+    assert move is not None
+    return controller, move
 
 
 @pytest.mark.parametrize("efficiency", [0.5, 0.9])
@@ -46,13 +48,14 @@ def test_measured_progress_follows_the_trapezoid_whatever_was_forecast(
     ends, share, efficiency
 ):
     # Worth (4*1 + 2*3) / (1 + 3) = 2.5 base steps; ends are -<g', s> per tensor.
-    controller = _moved([4.0, 2.0], [1.0, 3.0], efficiency)
-    outcome = controller.outcome(_observation([-e for e in ends]), rolled_back=False)
+    controller, move = _moved([4.0, 2.0], [1.0, 3.0], efficiency)
+    seen = _observation([-e for e in ends], move)
+    outcome = controller.outcome(seen, rolled_back=False)
     assert outcome.progress == pytest.approx(2.5 * share)
 
 
 def test_a_move_taken_back_made_no_progress_and_cost_more():
-    controller = _moved([4.0, 2.0], [1.0, 3.0], 0.9)
-    outcome = controller.outcome(_observation([-1.0, -3.0]), rolled_back=True)
+    controller, move = _moved([4.0, 2.0], [1.0, 3.0], 0.9)
+    outcome = controller.outcome(_observation([-1.0, -3.0], move), rolled_back=True)
     assert outcome.progress == 0.0
     assert outcome.cost > 1.0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hybridopt.config import MLP, RSSM, HybridConfig, Linear, Prior
 from hybridopt.dynamics import LearnedPredictor, PriorPredictor, build_predictor
-from hybridopt.types import Observation
+from hybridopt.types import Move, Observation
+from tests.parts import move
 
 KINDS = (Prior(), Linear(), MLP(), RSSM())
 NAMES = [type(kind).__name__ for kind in KINDS]
@@ -36,9 +37,16 @@ def observation(step: int, alignment: Tensor, **changes: object) -> Observation:
         "basis_sq": basis_sq,
         "learning_rate": 1e-3,
         "lr_ratio": 1.0,
-        "moved_progress": 0.2 if step > 3 else 0.0,
+        "move": tiny_move(size) if step > 3 else None,
     }
     return Observation(**(values | changes))  # type: ignore[arg-type]
+
+
+def tiny_move(size: int) -> Move:
+    """Worth a fifth of a step, and so short that it breaks no promise of the loss."""
+    coefficients = torch.zeros(size, 2, dtype=torch.float64)
+    coefficients[:, 0] = 0.1
+    return move(coefficients, progress=0.2, slope=1e-3)
 
 
 def noisy(count: int, size: int, seed: int = 0) -> list[Observation]:

@@ -12,6 +12,7 @@ from hybridopt.dynamics import build_predictor
 from hybridopt.dynamics.gains import alignments
 from hybridopt.types import STEP, Outcome
 from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
+from tests.parts import move_of
 
 L = len(SIZES)
 
@@ -172,12 +173,13 @@ def test_prior_measures_efficiency_by_the_trapezoid_rule():
     slope = slopes(L).abs()
     samples = []
     for i, ratio in enumerate((0.4, -0.2, -7.0, 5.0), 1):
-        coefficients = made.forecast(slope).coefficients
+        said = made.forecast(slope)
+        coefficients = said.coefficients
         begin = float((coefficients[:, STEP] * slope).sum())
         dots = torch.zeros(L, 2, dtype=torch.float64)
         dots[0, STEP] = -ratio * begin / float(coefficients[0, STEP])
         flat = torch.zeros(L, 2, dtype=torch.float64)
-        made.observe(observation(i, flat, dots=dots, moved_progress=0.1))
+        made.observe(observation(i, flat, dots=dots, move=move_of(said, slope)))
         samples.append((1 + min(max(ratio, -1), 1)) / 2)
     weights = [0.9 ** (3 - i) for i in range(4)]
     mean = sum(w * s for w, s in zip(weights, samples, strict=True)) / sum(weights)
@@ -196,7 +198,7 @@ def test_prior_efficiency_is_that_of_the_step_direction_alone():
     dots = torch.full((L, 2), 100.0, dtype=torch.float64)
     dots[:, STEP] = 0.0
     dots[0, STEP] = -0.5 * begin / float(said.coefficients[0, STEP])
-    made.observe(observation(3, flat, dots=dots, moved_progress=0.1))
+    made.observe(observation(3, flat, dots=dots, move=move_of(said, slope)))
     assert made.efficiency.surprise == pytest.approx((0.75 - 0.5) / 0.3)
 
 
@@ -204,12 +206,15 @@ def test_prior_consumes_no_steps_once_moves_end_uphill():
     made = predictor(Prior(), drift=DriftConfig(enabled=False))
     flat = torch.zeros(L, 2, dtype=torch.float64)
     lower = []
+    slope = slopes(L).abs()
+    said = made.forecast(slope)
     for ends in (-1.0, 1.0):
         for i in range(20):
             one = observation(i, flat + 0.3)
             dots = ends * one.dots.abs()
-            made.observe(observation(i, flat, dots=dots, moved_progress=0.1))
-            said = made.forecast(slopes(L).abs())
+            move = move_of(said, slope, progress=0.1)
+            made.observe(observation(i, flat, dots=dots, move=move))
+            said = made.forecast(slope)
         lower.append(said.progress_lower)
     assert lower[0] > 0.0
     assert lower[1] == 0.0
@@ -218,7 +223,7 @@ def test_prior_consumes_no_steps_once_moves_end_uphill():
 def test_prior_judges_no_move_that_was_not_made():
     made = predictor(Prior())
     for i, one in enumerate(noisy(10, L)):
-        made.observe(observation(i, one.alignment, moved_progress=0.0))
+        made.observe(observation(i, one.alignment, move=None))
         made.forecast(slopes(L))
     assert made.efficiency.mean == 0.5
     assert made.efficiency.error == 0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridopt.types import BASIS_SIZE, Observation
+from tests.parts import move
 
 
 def observation(
@@ -27,6 +28,5 @@ def observation(
         basis_sq=torch.zeros(1, BASIS_SIZE, dtype=torch.float64),
         learning_rate=0.1,
         lr_ratio=1.0,
-        expected_loss=expected_loss,
-        expected_loss_sigma=expected_loss_sigma,
+        move=move(loss=expected_loss, loss_sigma=expected_loss_sigma),
     )

@@ -7,9 +7,8 @@ import torch
 
 from hybridopt import HybridPredictOptimizer
 from hybridopt.config import RSSM, ResidualConfig
-from hybridopt.control.controller import Move
 from hybridopt.correcting import ideal
-from hybridopt.types import Observation
+from hybridopt.types import Move, Observation
 from tests.problems import assert_same_bits, regression, train
 
 RESIDUAL = ResidualConfig(enabled=True, rank=2)

@@ -227,3 +227,26 @@ def test_rng_state_travels_only_inside_hybridopt():
     other = _build(problem.twin(), predictor=RSSM())
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_refused_move_is_still_known_after_a_resume():
+    problem = regression()
+    opt = _build(problem)
+    train(problem, opt, 30)
+    for refused in (True, False):
+        opt.run.refused = refused
+        other = _build(problem.twin())
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert other.run.refused is refused
+
+
+def test_state_from_before_pending_steps_existed_loads():
+    problem = regression()
+    opt = _build(problem)
+    train(problem, opt, 30)
+    state = copy.deepcopy(opt.run.state_dict())
+    del state["refused"], state["pending"]
+    other = _build(problem.twin())
+    other.run.load_state_dict(state)
+    assert other.run.counters.steps == 30
+    assert other.run.pending is None

@@ -80,6 +80,26 @@ def test_parity_advance(ops, kernels_only, params, grads, basis):
 
 @pytest.mark.parametrize("params", twin.FLOATS)
 @pytest.mark.parametrize("basis", [F32, BF16])
+def test_advance_move_equals_advance_and_apply(ops, kernels_only, params, basis):
+    gains = torch.linspace(-1.0, 2.0, len(SHAPES))
+    results, sums = [], []
+    for fused in (True, False):
+        theta, anchor, g = make([params], 1), make([params], 2), make([params], 3)
+        s, v = make([basis], 4), make([basis], 5)
+        if fused:
+            sums.append(ops.advance_move(theta, g, anchor, s, v, 0.97, gains))
+        else:
+            sums.append(ops.advance(theta, g, anchor, s, v, 0.97))
+            assert ops.apply(theta, [s], gains.unsqueeze(1), 1.0)[-1] == 1.0
+            ops.copy(theta, anchor)
+        results.append([*theta, *anchor, *s, *v])
+    for ours, want in zip(*results, strict=True):
+        assert torch.equal(ours, want)
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("params", twin.FLOATS)
+@pytest.mark.parametrize("basis", [F32, BF16])
 @pytest.mark.parametrize("on_host", [False, True])
 def test_parity_apply(ops, kernels_only, params, basis, on_host):
     theta = make([params], 1)

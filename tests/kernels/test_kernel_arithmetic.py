@@ -67,6 +67,39 @@ def test_advance_kernel_equals_the_reference_bit_for_bit(ops, params, grads, bas
     assert_close(*sums)
 
 
+@pytest.mark.parametrize(("params", "grads", "basis"), FORMATS)
+def test_advance_move_kernel_equals_advance_and_apply(ops, params, grads, basis):
+    gains = torch.linspace(-1.0, 2.0, len(SHAPES))
+    results, sums = [], []
+    for backend in (ops, REFERENCE):
+        theta, anchor = (twin.tensors(SHAPES, params, i) for i in (1, 2))
+        s, v = (twin.tensors(SHAPES, basis, i) for i in (3, 4))
+        g = twin.tensors(SHAPES, grads, 5)
+        lists = (theta, g, anchor, s, v)
+        if backend is ops:
+            sums.append(backend.advance_move(*lists, 0.97, gains))
+        else:
+            sums.append(backend.advance(*lists, 0.97))
+            backend.apply(theta, [s], gains.unsqueeze(1), 1.0)
+            backend.copy(theta, anchor)
+        results.append([*theta, *anchor, *s, *v])
+    for ours, want in zip(*results, strict=True):
+        assert_close(ours, want, 1e-6 if ours.dtype == F32 else 1e-2)
+    count = len(SHAPES)
+    for ours, anchor in zip(results[0][:count], results[0][count:], strict=False):
+        assert torch.equal(ours, anchor)
+    assert_close(*sums)
+
+
+def test_advance_move_kernel_leaves_a_weight_that_would_overflow(ops):
+    theta = [torch.tensor([1.0, 3e38, -3e38] * 3)]
+    anchor = [torch.tensor([0.5, 1e38, 1e38] * 3)]
+    g, s, v = ([torch.zeros(9)] for _ in range(3))
+    ops.advance_move(theta, g, anchor, s, v, 0.9, torch.tensor([2.0]))
+    assert theta[0].tolist() == torch.tensor([2.0, 3e38, -3e38] * 3).tolist()
+    assert torch.equal(anchor[0], theta[0])
+
+
 @pytest.mark.parametrize(("params", "_grads", "basis"), FORMATS)
 @pytest.mark.parametrize("directions", [0, 1, 2])
 def test_apply_kernel_equals_the_reference(ops, params, _grads, basis, directions):

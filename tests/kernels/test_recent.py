@@ -12,6 +12,7 @@ import torch
 
 from hybridopt.kernels.launch import Launcher
 from hybridopt.kernels.recent import Fingerprints, Recent
+from tests.kernels import twin
 from tests.kernels.host import COMPILER, host_ops
 
 
@@ -104,11 +105,34 @@ def test_launcher_builds_one_table_for_gradients_that_return_to_their_memory():
     build = ops.launcher._build
     built = []
     ops.launcher._build = lambda *args: built.append(args) or build(*args)
+    filled = []
+    fill = ops.launcher._fill
+    ops.launcher._fill = lambda *args: filled.append(args) or fill(*args)
     for _ in range(5):
         ops.observe([storage.detach()], [])
+    assert filled == []
+    assert ops.observe([2 * torch.ones(64)], []).item() == 256
     assert built == []
-    ops.observe([torch.ones(64)], [])
+    assert len(filled) == 1
+    assert ops.observe([storage], []).item() == 64
+    ops.observe([torch.ones(63)], [])
     assert len(built) == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_launcher_writes_new_addresses_in_the_order_of_the_formats(monkeypatch):
+    ops = host_ops()
+    monkeypatch.setattr(ops, "_reference", None)
+    shapes = [(5,), (40,), (7, 3), (1,)]
+    formats = [torch.float32, torch.bfloat16, torch.float32, torch.float16]
+    kept = []  # so that every round has its own addresses
+    for seed in range(4):
+        g, b = (twin.tensors(shapes, formats, seed + 10 * k) for k in range(2))
+        kept += [g, b]
+        for left, right in ((g, b), (b, g), (g, kept[1])):
+            ours = ops.observe(left, [right])
+            want = twin.observe(left, [right])
+            assert torch.allclose(ours.double(), want.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("current", [0, 1])

@@ -1,13 +1,17 @@
 // advance: s = theta - anchor, v = beta (v + s), anchor = theta, with g . s, s . s and
 // v . v of the stored values. Lists: theta, gradient, anchor, s, v.
+//
+// With DIRECTIONS > 0 it also makes the move along s: theta += factor s, and the anchor
+// is the weight behind it. A weight that would not be finite stays where it is.
 
 struct Advance {
-  const PARAM* theta;
+  PARAM* theta;
   const GRAD* gradient;
   PARAM* anchor;
   BASIS* step;
   BASIS* lag;
   float beta;
+  float factor;
   float sums[3];
 
   template <int N> struct Registers {
@@ -36,16 +40,24 @@ struct Advance {
       sums[0] += read(r.g.at[k]) * kept;
       sums[1] += kept * kept;
       sums[2] += behind * behind;
+#if DIRECTIONS > 0
+      PARAM ahead;
+      write(ahead, read(r.theta.at[k]) + fmaf(factor, kept, 0.0f));
+      if (is_finite(read(ahead))) r.theta.at[k] = ahead;
+#endif
     }
     store(s, step, i);
     store(r.v, lag, i);
+#if DIRECTIONS > 0
+    store(r.theta, theta, i);
+#endif
     store(r.theta, anchor, i);
   }
 };
 
 extern "C" __global__ void __launch_bounds__(256)
 advance(const i64* words, i64 tensors, const int* owner, i64 base, i64 chunk_size,
-        float* partials, float beta) {
+        float* partials, float beta, const float* factors) {
   const Table table = {words, 5, tensors};
   const i64 index = base + blockIdx.x;
   const Chunk chunk = chunk_of(table, owner, index, chunk_size);
@@ -57,6 +69,7 @@ advance(const i64* words, i64 tensors, const int* owner, i64 base, i64 chunk_siz
   op.step = table.data<BASIS>(3, t);
   op.lag = table.data<BASIS>(4, t);
   op.beta = beta;
+  op.factor = DIRECTIONS > 0 ? factors[table.row(t)] : 0.0f;
   for (int r = 0; r < 3; ++r) op.sums[r] = 0.0f;
   run(op, chunk, table.aligned(t));
 #pragma unroll

@@ -1,0 +1,89 @@
+"""How the base's step is taken in, and how snapshots travel between devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybridopt.protocols import Ops
+from hybridopt.weights.buckets import Bucket
+
+__all__ = ["advance", "advance_low", "advance_moved", "copy_across"]
+
+
+def advance(ops: Ops, bucket: Bucket, beta: float) -> Tensor:
+    """S <- theta - anchor, v <- beta (v + s), anchor <- theta; (rows,) <g, s>."""
+    sums = ops.advance(
+        bucket.parameters,
+        bucket.gradients,
+        bucket.anchors,
+        bucket.steps,
+        bucket.lags,
+        beta,
+    )
+    _add_to_window(bucket, beta)
+    return sums[:, 0]
+
+
+def advance_low(ops: Ops, bucket: Bucket) -> Tensor:
+    """The same without lag and anchor, where s holds the weights before the step."""
+    torch._foreach_neg_(bucket.steps)
+    torch._foreach_add_(bucket.steps, bucket.parameters)
+    return ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+
+
+def advance_moved(
+    ops: Ops, buckets: Sequence[Bucket], beta: float, gains: Tensor
+) -> Tensor | None:
+    """``advance`` of a single bucket with the move theta += gains s in the same pass.
+
+    Returns:
+        (rows,) <g, s>; None where there is no kernel for it, and then nothing was
+        written.
+    """
+    kernel = getattr(ops, "advance_move", None)
+    if kernel is None or len(buckets) != 1 or not buckets[0].gradients:
+        return None
+    bucket = buckets[0]
+    chosen = gains if len(bucket.rows) == len(gains) else gains[bucket.rows]
+    sums: Tensor | None = kernel(
+        bucket.parameters,
+        bucket.gradients,
+        bucket.anchors,
+        bucket.steps,
+        bucket.lags,
+        beta,
+        chosen.to(torch.float32),
+    )
+    if sums is None:
+        return None
+    _add_to_window(bucket, beta)
+    return sums[:, 0]
+
+
+def _add_to_window(bucket: Bucket, beta: float) -> None:
+    if bucket.windows:
+        # The EMA's own step is (1 - beta) / beta of the new lag.
+        torch._foreach_add_(bucket.windows, bucket.lags, alpha=(1.0 - beta) / beta)
+
+
+def copy_across(
+    ops: Ops, source: list[Tensor], target: list[Tensor]
+) -> torch.cuda.Event | None:
+    """Target <- source, between device and pinned memory too, without waiting.
+
+    Returns:
+        For a copy between devices, what marks its end on the device's stream.
+    """
+    devices = {t.device for t in (*source, *target)}
+    if len(devices) < 2:
+        ops.copy(source, target)
+        return None
+    for a, b in zip(source, target, strict=True):
+        b.copy_(a, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    device = next(d for d in devices if d.type == "cuda")
+    event.record(torch.cuda.current_stream(device))
+    return event
