@@ -1,9 +1,9 @@
 """The reference backend: weight-space arithmetic in plain torch, on any device.
 
-Two ways through each operation. Few weights on the CPU are packed into one flat matrix,
-because there every torch call costs more than its arithmetic. Everything else runs
-tensor by tensor or through ``torch._foreach_*``, in groups that bound the temporaries.
-Nothing here reads a CUDA value on the host.
+Everything runs tensor by tensor or through ``torch._foreach_*``, in groups that bound
+the temporaries. With few weights on the CPU every torch call costs more than its
+arithmetic, so there what is known is not measured again. Nothing here reads a CUDA value
+on the host.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from hybridopt.kernels.flat import (
-    dot,
+    dots,
     flat,
     groups,
-    pack,
     precision_of,
-    segment_sums,
     uniform,
     wide,
     wide_of,
@@ -27,7 +25,6 @@ from hybridopt.kernels.flat import (
 from hybridopt.kernels.torch_apply import (
     apply_on_device,
     apply_on_host,
-    apply_packed,
 )
 
 __all__ = ["TorchOps"]
@@ -40,13 +37,17 @@ class TorchOps:
 
     @torch.no_grad()
     def observe(
-        self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+        self,
+        gradients: Sequence[Tensor],
+        basis: Sequence[Sequence[Tensor]],
+        squares: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Inner products of the gradient with every basis direction.
 
         Args:
             gradients: L gradients.
             basis: J lists of L directions.
+            squares: J times (L,) ||b_j||^2 that need no measuring, None where they do.
 
         Returns:
             (L, 1 + 2 J) on the device: ||g||^2, <g, b_j> for each j, ||b_j||^2 for
@@ -54,19 +55,16 @@ class TorchOps:
         """
         count, directions = len(gradients), len(basis)
         precision = precision_of(gradients)
-        lists = [gradients, *basis]
-        packed = pack(lists, precision)
-        if packed is not None:
-            products = torch.cat([packed * packed[0], packed[1:].square()])
-            return segment_sums(products, gradients)
         if count == 0:
             return torch.zeros(0, 1 + 2 * directions, dtype=precision)
-        sums: list[Tensor] = []
-        for row in zip(*lists, strict=True):
-            vectors = [flat(t, precision) for t in row]
-            sums += [dot(vectors[0], v) for v in vectors]
-            sums += [dot(v, v) for v in vectors[1:]]
-        return torch.stack(sums).view(count, 1 + 2 * directions)
+        fresh = [flat(g, precision) for g in gradients]
+        known = [*squares, *(None,) * (directions - len(squares))]
+        sums, norms = dots(fresh, fresh), []
+        for direction, square in zip(basis, known, strict=True):
+            along = [flat(b, precision) for b in direction]
+            sums += dots(fresh, along)
+            norms += dots(along, along) if square is None else square.unbind()
+        return torch.stack([*sums, *norms]).view(-1, count).t()
 
     @torch.no_grad()
     def advance(
@@ -85,12 +83,12 @@ class TorchOps:
         that they describe what is stored.
 
         Returns:
-            (L, 3) on the device: <g, s>, ||s||^2, ||v||^2. float64 if any parameter
-            is, else float32.
+            (L, 2) on the device: <g, s>, ||s||^2. float64 if any parameter is, else
+            float32.
         """
         precision = precision_of(parameters)
         if len(parameters) == 0:
-            return torch.zeros(0, 3, dtype=precision)
+            return torch.zeros(0, 2, dtype=precision)
         for part in groups(parameters):
             thetas, anchors = list(parameters[part]), list(anchor[part])
             steps, lags = list(step[part]), list(lag[part])
@@ -107,7 +105,9 @@ class TorchOps:
                 torch._foreach_mul_(work, beta)
                 torch._foreach_copy_(lags, work)
             torch._foreach_copy_(anchors, thetas)
-        return _advance_sums(gradients, step, lag, precision)
+        moves = [flat(s, precision) for s in step]
+        sums = dots([flat(g, precision) for g in gradients], moves)
+        return torch.stack(sums + dots(moves, moves)).view(2, -1).t()
 
     @torch.no_grad()
     def apply(
@@ -116,6 +116,8 @@ class TorchOps:
         basis: Sequence[Sequence[Tensor]],
         coefficients: Tensor,
         scale: float,
+        squares: Sequence[Tensor | None] = (),
+        finite: bool = False,
     ) -> Tensor:
         """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
 
@@ -131,36 +133,13 @@ class TorchOps:
         if len(parameters) == 0:
             return torch.ones(1)
         factors = coefficients.detach().to(precision) * scale
-        packed = pack([parameters, *basis], precision)
-        if packed is not None and factors.device.type == "cpu":
-            return apply_packed(parameters, packed, factors)
-        if parameters[0].device.type == "cpu":
-            return apply_on_host(parameters, basis, factors.cpu())
-        return apply_on_device(parameters, basis, factors)
+        if parameters[0].device.type != "cpu":
+            return apply_on_device(parameters, basis, factors)
+        rows = factors.tolist()
+        return apply_on_host(parameters, basis, rows, squares, finite)
 
     @torch.no_grad()
     def copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """target_l <- source_l for all l, bit for bit when the dtypes agree."""
         if len(source) != 0:
             torch._foreach_copy_(list(target), list(source))
-
-
-def _advance_sums(
-    gradients: Sequence[Tensor],
-    step: Sequence[Tensor],
-    lag: Sequence[Tensor],
-    precision: torch.dtype,
-) -> Tensor:
-    packed = pack([step, lag, gradients], precision)
-    if packed is not None:
-        products = torch.cat([packed[2:] * packed[0], packed[:2].square()])
-        return segment_sums(products, step)
-    sums: list[Tensor] = []
-    for g, s, v in zip(gradients, step, lag, strict=True):
-        move, filtered = flat(s, precision), flat(v, precision)
-        sums += [
-            dot(flat(g, precision), move),
-            dot(move, move),
-            dot(filtered, filtered),
-        ]
-    return torch.stack(sums).view(len(step), 3)

@@ -10,6 +10,7 @@ predicted move shifts weights and EMA alike, so none of them changes with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -152,6 +153,7 @@ class WeightSpace:
                 for part in (bucket.steps, bucket.lags, bucket.windows, bucket.drifts):
                     if part:
                         torch._foreach_zero_(part)
+                bucket.step_sq = bucket.drift_sq = None
         self._slopes = []
         self.anchored = False
         self.moved = False
@@ -187,7 +189,11 @@ class WeightSpace:
         reading = PendingReading(sum(len(b.rows) for b in buckets), loss)
         for bucket in buckets:
             if bucket.gradients:
-                values = self.ops.observe(bucket.gradients, bucket.basis)
+                values = self.ops.observe(
+                    bucket.gradients, bucket.basis, bucket.basis_sq
+                )
+                if bucket.on_host:
+                    bucket.remember(values)
                 reading.add_statistics(bucket.rows, values)
         for rows, slopes in self._slopes:
             reading.add_slopes(rows, slopes)
@@ -209,24 +215,30 @@ class WeightSpace:
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
+                bucket.step_sq = None
                 self.ops.copy(bucket.parameters, bucket.anchors)
                 continue
             if self.low_memory:
-                dots = self._advance_low(bucket)
+                sums = self._advance_low(bucket)
             else:
-                dots = self.ops.advance(
+                sums = self.ops.advance(
                     bucket.parameters,
                     bucket.gradients,
                     bucket.anchors,
                     bucket.steps,
                     bucket.lags,
                     self.beta,
-                )[:, 0]
+                )
                 if bucket.windows:
                     # The EMA's own step is (1 - beta) / beta of the new lag.
                     share = (1.0 - self.beta) / self.beta
                     torch._foreach_add_(bucket.windows, bucket.lags, alpha=share)
-            self._slopes.append((bucket.rows, dots))
+            self._slopes.append((bucket.rows, sums[:, 0]))
+            if bucket.on_host:
+                bucket.step_sq = sums[:, 1]
+                # A finite s proves finite weights: theta = anchor + s, element by
+                # element, and what is not finite stays so in a difference.
+                bucket.vouch(math.isfinite(sums[:, 1].sum().item()))
         self.anchored = True
         self.moved = False
 
@@ -235,7 +247,7 @@ class WeightSpace:
         torch._foreach_neg_(bucket.steps)
         torch._foreach_add_(bucket.steps, bucket.parameters)
         self.ops.copy(bucket.parameters, bucket.anchors)
-        return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+        return self.ops.observe(bucket.gradients, [bucket.steps])[:, 1:]
 
     def turn_window(self) -> None:
         """D <- D, D <- 0: the window's displacement becomes the drift direction."""
@@ -243,6 +255,7 @@ class WeightSpace:
             if bucket.windows:
                 torch._foreach_copy_(bucket.drifts, bucket.windows)
                 torch._foreach_zero_(bucket.windows)
+                bucket.drift_sq = None
 
     def restart_window(self) -> None:
         """D <- 0: begin a window here, without a move."""
@@ -264,15 +277,21 @@ class WeightSpace:
         """
         verdicts = []
         for bucket in self._tracked_buckets():
-            columns = len(bucket.basis)
-            chosen = coefficients[:, :columns]
+            basis = bucket.basis
+            chosen = coefficients[:, : len(basis)]
             if len(bucket.rows) != len(coefficients):
                 chosen = chosen[bucket.rows]
-            verdicts.append(
-                self.ops.apply(
-                    bucket.parameters, bucket.basis, chosen.to(torch.float32), scale
-                )[-1]
-            )
+            written = self.ops.apply(
+                bucket.parameters,
+                basis,
+                chosen.to(torch.float32),
+                scale,
+                bucket.basis_sq,
+                bucket.vouched,
+            )[-1]
+            if bucket.on_host:
+                bucket.vouch(bool(written))
+            verdicts.append(written)
         self.moved = True
         if len(verdicts) == 1 and verdicts[0].device.type != "cpu":
             # The kernel has already refused a bad move on the device; waiting for
@@ -289,14 +308,15 @@ class WeightSpace:
                     float(coefficients[row, column]) * direction[place].float()
                     for column, direction in enumerate(bucket.basis)
                 ]
-                found[row] = torch.stack(parts).sum(0)
+                found[row] = bucket.shaped(place, torch.stack(parts).sum(0))
         return [found[row] for row in sorted(found)]
 
     def displacements(self) -> list[Tensor]:
         """S of every tracked tensor, in row order; not copies."""
         found: dict[int, Tensor] = {}
         for bucket in self._tracked_buckets():
-            found.update(zip(bucket.rows, bucket.steps, strict=True))
+            for place, row in enumerate(bucket.rows):
+                found[row] = bucket.shaped(place, bucket.steps[place])
         return [found[row] for row in sorted(found)]
 
     def add(self, tensors: list[Tensor]) -> None:
@@ -305,7 +325,7 @@ class WeightSpace:
         place = {row: index for index, row in enumerate(rows)}
         for bucket in self._tracked_buckets():
             parts = [
-                tensors[place[row]].to(p.device, p.dtype)
+                tensors[place[row]].to(p.device, p.dtype).view(p.shape)
                 for row, p in zip(bucket.rows, bucket.parameters, strict=True)
             ]
             torch._foreach_add_(bucket.parameters, parts)
