@@ -67,7 +67,8 @@ def real_step(
     """
     run.space.refresh()
     run.settle()
-    pending = run.space.observe(loss)
+    dozes = run.controller.dozes and run.space.can_doze
+    pending = run.space.observe(loss, dozes)
     must_wait = run.controller.plan.phase is Phase.CORRECT
     guarded = (
         run.skips_on_device and not must_wait and bool(run.rates().isfinite().all())
@@ -77,12 +78,12 @@ def real_step(
         # while the numbers travel; it skips what is not finite on the device.
         flag = pending.non_finite(run.device)
         pending.send()
-        _take_base_step(run, step_base, flag)
+        _take_base_step(run, step_base, flag, dozes=dozes)
     observation = _digest(run, pending.wait(), loss is not None)
     verdict = run.monitor.judge(
         observation, can_roll_back=run.space.moved and not guarded
     )
-    newton = quasi_newton.before_base(run, observation)
+    newton = quasi_newton.before_base(run, observation, dozes)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
@@ -92,7 +93,7 @@ def real_step(
     expected = None if guarded else correcting.expected_displacement(run)
     _learn(run, observation)
     if not guarded:
-        _take_base_step(run, step_base)
+        _take_base_step(run, step_base, dozes=dozes and not newton.engaged)
         correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     slept = run.controller.asleep
@@ -150,7 +151,7 @@ def predicted_step(run: Run) -> Done:
         horizon=plan.horizon,
         progress=move.progress,
         gain=float(move.coefficients[:, STEP].mean()),
-        learning_rate=float(rates.max()),
+        learning_rate=run.top_rate(),
     )
 
 
@@ -181,7 +182,7 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
         gradient_sq=torch.zeros(size, dtype=torch.float64),
         dots=empty,
         basis_sq=empty,
-        learning_rate=float(run.rates().max()),
+        learning_rate=run.top_rate(),
         lr_ratio=1.0,
         moved_steps=move.horizon,
         moved_progress=move.progress,
@@ -232,28 +233,28 @@ def roll_back(run: Run, observation: Observation, verdict: Verdict) -> Done:
 
 def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
     """The reading, summed over ranks: what every rank then decides by."""
-    local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
     count = run.collective.world_size
+    statistics, slopes = reading.statistics, reading.slopes
     if count > 1:
+        local = torch.cat([statistics, slopes.unsqueeze(1)], 1) * run.shares
         share = [reading.loss / count, float(run.refused)]
         rest = torch.tensor(share, dtype=torch.float64)
         total = run.collective.sum(torch.cat([local.reshape(-1), rest]))
         local, mean_loss = total[:-2].view_as(local), float(total[-2])
+        statistics, slopes = local[:, :-1], local[:, -1]
         refused, run.refused = bool(total[-1] > 0.0), False
     else:
         mean_loss, refused = reading.loss, False
-    gradient_sq = local[:, 0]
-    norm = (
-        math.sqrt(float(gradient_sq.sum()))
-        if bool(gradient_sq.isfinite().all())
-        else (math.nan)
-    )
+    gradient_sq = statistics[:, 0]
+    # What is not finite stays so in a sum.
+    square = float(gradient_sq.sum())
+    norm = math.sqrt(square) if math.isfinite(square) else math.nan
     finite = math.isfinite(norm) and (not has_loss or math.isfinite(mean_loss))
     finite = finite and not refused
-    rate = float(run.rates().max()) if len(run.shares) else 0.0
+    rate = run.top_rate()
     # A learning rate that is no number would go into every weight.
     finite = finite and math.isfinite(rate)
-    run.slopes = local[:, -1]
+    run.slopes = slopes
     move = run.controller.move
     return Observation(
         step=run.counters.steps,
@@ -261,8 +262,8 @@ def _digest(run: Run, reading: Reading, has_loss: bool) -> Observation:
         gradient_norm=norm,
         finite=finite,
         gradient_sq=gradient_sq,
-        dots=local[:, 1 : 1 + BASIS_SIZE],
-        basis_sq=local[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
+        dots=statistics[:, 1 : 1 + BASIS_SIZE],
+        basis_sq=statistics[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
         learning_rate=rate,
         lr_ratio=run.controller.lr_ratio(rate),
         moved_steps=0 if move is None else move.horizon,
@@ -290,16 +291,20 @@ def _learn(run: Run, observation: Observation) -> None:
 
 
 def _take_base_step(
-    run: Run, step_base: Callable[[], Any], skip: Tensor | None = None
+    run: Run,
+    step_base: Callable[[], Any],
+    skip: Tensor | None = None,
+    dozes: bool = False,
 ) -> None:
     """The base's own step, with displacement and drift taken in around it.
 
     Args:
+        dozes: Nobody needs them; and with no move to come, no buffers either.
         skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
             which read it on the device under the name that GradScaler uses.
     """
     ready = run.space.ready
-    if ready:
+    if ready and not dozes:
         run.space.before_base()
     started = time.perf_counter()
     if skip is not None:
@@ -311,11 +316,14 @@ def _take_base_step(
         if skip is not None:
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
-    if ready:
+    if dozes:
+        run.space.doze()
+    elif ready:
         run.space.after_base()
     if not run.space.complete():
         run.space.allocate()
-    run.keep_buffers()
+    if not dozes:
+        run.keep_buffers()
 
 
 def _plan_move(

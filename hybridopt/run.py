@@ -123,6 +123,8 @@ class Run:
     slopes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """(L,) -<g, s> of the base step before the last one."""
     started_s: float = 0.0
+    known_rates: tuple[Any, Tensor, float] | None = None
+    """What ``rates`` was made from, its result, and the largest of them."""
 
     def adopt(self, other: Run) -> None:
         """Become ``other``; whoever holds this object sees the new run."""
@@ -158,28 +160,41 @@ class Run:
     # -- rates ---------------------------------------------------------------------
 
     def rates(self) -> Tensor:
-        """(L,) learning rate of every trainable parameter, now."""
-        values = [
-            float(g["lr"])
-            for g in self.base.param_groups
-            for p in g["params"]
-            if p.requires_grad
-        ]
-        return torch.tensor(values, dtype=torch.float64)
+        """(L,) learning rate of every trainable parameter, now; not to be changed."""
+        return self._known_rates()[1]
+
+    def top_rate(self) -> float:
+        """The largest of ``rates``; nan if one of them is, 0 if there are none."""
+        return self._known_rates()[2]
+
+    def _known_rates(self) -> tuple[Any, Tensor, float]:
+        groups = self.base.param_groups
+        key: list[Any] = [len(self.space.parameters())]
+        key += [(len(g["params"]), float(g["lr"])) for g in groups]
+        if self.known_rates is None or self.known_rates[0] != key:
+            values = [
+                float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad
+            ]
+            rates = torch.tensor(values, dtype=torch.float64)
+            top = float(rates.max()) if values else 0.0
+            self.known_rates = (key, rates, top)
+        return self.known_rates
 
     # -- buffers -------------------------------------------------------------------
 
     def keep_buffers(self) -> None:
         """Remember the model's buffers beside the anchor."""
         if self.model is not None:
-            self.buffers = [b.detach().clone() for b in self.model.buffers()]
+            self.buffers = [b.detach().clone() for b in list_buffers(self.model)]
 
     def restore_buffers(self) -> None:
         """Give the model its buffers back, bit for bit."""
         if self.model is None or not self.buffers:
             return
         with torch.no_grad():
-            for buffer, kept in zip(self.model.buffers(), self.buffers, strict=True):
+            for buffer, kept in zip(
+                list_buffers(self.model), self.buffers, strict=True
+            ):
                 buffer.copy_(kept)
 
     # -- gradients that were used up -------------------------------------------------
@@ -340,7 +355,7 @@ class Run:
         self.secant_off = bool(state["secant_off"])
         self.slopes = state["slopes"]
         self.forward_form = bool(state["forward_form"])
-        buffers = list(self.model.buffers()) if self.model is not None else []
+        buffers = [] if self.model is None else list_buffers(self.model)
         kept = state["buffers"]
         self.buffers = (
             [k.to(b.device) for k, b in zip(kept, buffers, strict=True)]
@@ -348,6 +363,25 @@ class Run:
             else []
         )
         self.consumed = []
+
+
+def list_buffers(model: nn.Module) -> list[Tensor]:
+    """``model.buffers()`` without the names, which cost most of its time."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if module._buffers:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    found.setdefault(id(buffer), buffer)
+        if module._modules:
+            waiting += reversed(list(module._modules.values()))
+    return list(found.values())
 
 
 def build_run(

@@ -44,6 +44,9 @@ IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 60
 """Real steps in a row with idle moves before the optimizer goes to sleep."""
+WAKING_STEPS = 2
+"""Last steps of a sleep at which weight space works again: when the sleep ends, a plan
+needs the base's newest displacement and the slopes of the one before."""
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
 
@@ -103,6 +106,13 @@ class Controller:
         """Whether prediction has not paid lately and only the base works."""
         return self.sleep_steps > 0
 
+    @property
+    def dozes(self) -> bool:
+        """Whether nobody needs more of this real step than its loss and gradient norm:
+        asleep, not about to wake up, and no move to measure.
+        """
+        return self.sleep_steps > WAKING_STEPS and self.move is None
+
     def lr_ratio(self, rate: float) -> float:
         """This real step's learning rate over the previous one's; 1 at first."""
         return rate / self._last_rate if self._last_rate > 0 else 1.0
@@ -121,7 +131,7 @@ class Controller:
             return None
         progress = 0.0
         if not rolled_back and move.worth > 0 and move.base_worth > 0:
-            end = -float((move.coefficients[:, STEP] * observation.dots[:, STEP]).sum())
+            end = -float(move.coefficients[:, STEP].dot(observation.dots[:, STEP]))
             ratio = max(-1.0, min(1.0, end / move.worth))
             progress = 0.5 * (1.0 + ratio) * move.worth / move.base_worth
         cost = 1.0 + (2.0 if rolled_back else 0.0)
@@ -190,7 +200,7 @@ class Controller:
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
         downhill = slopes.clamp_min(0.0)
-        worth = float((forecast.coefficients[:, STEP] * downhill).sum())
+        worth = float(forecast.coefficients[:, STEP].dot(downhill))
         self.move = Move(
             forecast.coefficients,
             rates,
@@ -276,8 +286,9 @@ class Controller:
 
     def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
         """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
-        alignment = observation.alignment[:, STEP]
-        mean = float(alignment.mean()) if alignment.numel() else 0.0
+        squares = observation.gradient_sq * observation.basis_sq[:, STEP]
+        cosines = squares.rsqrt_().mul_(observation.dots[:, STEP])
+        mean = -float(cosines.nan_to_num_(0.0, 0.0, 0.0).mean())
         values = [
             1.0,
             forecast.confidence,

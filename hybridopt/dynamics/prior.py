@@ -117,9 +117,9 @@ class PriorPredictor:
         """Take in the statistics of one real step; gains stay."""
         if observation.moved_progress != 0.0 and self._move is not None:
             gains = self._move[:, STEP]
-            end = -float((gains * observation.dots[:, STEP]).sum())
+            end = -float(gains.dot(observation.dots[:, STEP]))
             self.efficiency.add(self._move_slope, end)
-            length = float((gains * gains * observation.basis_sq[:, STEP]).sum())
+            length = float((gains * gains).dot(observation.basis_sq[:, STEP]))
             norm = observation.gradient_norm
             # A float to a power raises on overflow; a product becomes inf.
             self.gate.add(end, length, norm * norm)
@@ -151,10 +151,10 @@ class PriorPredictor:
 
     def _promised(self, observation: Observation) -> float:
         """-<g', delta> of the base step and the move behind it."""
-        taken = observation.dots[:, STEP]
+        promised = -float(observation.dots[:, STEP].sum())
         if self._move is not None:
-            taken = taken + (self._move * observation.dots).sum(1)
-        return -float(taken.sum())
+            promised -= float((self._move * observation.dots).sum())
+        return promised
 
     def worth(self, correction: Correction | None) -> Worth:
         """Expected efficiency and loss, corrected where a correction is given.

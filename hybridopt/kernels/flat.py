@@ -1,4 +1,4 @@
-"""Shared by the torch backend: precisions, vectors, and sums over any number of them."""
+"""Shared by the torch backend: precisions, vectors, sums over any number of weights."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Everything runs tensor by tensor or through ``torch._foreach_*``, in groups that bound
 the temporaries. With few weights on the CPU every torch call costs more than its
-arithmetic, so there what is known is not measured again. Nothing here reads a CUDA value
-on the host.
+arithmetic, so there what is known is not measured again. Nothing here reads a CUDA
+value on the host.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class TorchOps:
             return torch.zeros(0, 1 + 2 * directions, dtype=precision)
         fresh = [flat(g, precision) for g in gradients]
         known = [*squares, *(None,) * (directions - len(squares))]
-        sums, norms = dots(fresh, fresh), []
+        sums = dots(fresh, fresh)
+        norms: list[Tensor] = []
         for direction, square in zip(basis, known, strict=True):
             along = [flat(b, precision) for b in direction]
             sums += dots(fresh, along)
-            norms += dots(along, along) if square is None else square.unbind()
-        return torch.stack([*sums, *norms]).view(-1, count).t()
+            norms.append(torch.stack(dots(along, along)) if square is None else square)
+        columns = [torch.stack(sums), *norms] if norms else [torch.stack(sums)]
+        return torch.cat(columns).view(-1, count).t()
 
     @torch.no_grad()
     def advance(
@@ -132,10 +134,10 @@ class TorchOps:
         precision = precision_of(parameters)
         if len(parameters) == 0:
             return torch.ones(1)
-        factors = coefficients.detach().to(precision) * scale
         if parameters[0].device.type != "cpu":
+            factors = coefficients.detach().to(precision) * scale
             return apply_on_device(parameters, basis, factors)
-        rows = factors.tolist()
+        rows = [[k * scale for k in row] for row in coefficients.tolist()]
         return apply_on_host(parameters, basis, rows, squares, finite)
 
     @torch.no_grad()

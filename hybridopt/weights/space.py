@@ -36,6 +36,8 @@ from hybridopt.weights.reading import PendingReading
 __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
 
 _MIB = 2.0**20
+_DOZE_STEPS = 8
+"""Sleeping steps between two updates of the lag."""
 
 
 class WeightSpace:
@@ -59,19 +61,27 @@ class WeightSpace:
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
         self._slopes: list[tuple[list[int], Tensor]] = []
+        self._dozed = 0
+        """Sleeping steps since the anchor was set."""
+        self._listed: list[Tensor] | None = None
         self._table = BucketTable(base)
 
     def refresh(self) -> None:
         """Look parameters, gradients and state up anew; call once per step."""
+        self._listed = None
         self._table.refresh()
 
     # -- what there is -------------------------------------------------------------
 
     def parameters(self) -> list[Tensor]:
-        """Every trainable parameter in group order; L is the length of this list."""
-        return [
-            p for g in self.base.param_groups for p in g["params"] if p.requires_grad
-        ]
+        """Every trainable parameter in group order; L is the length of this list.
+
+        Not to be changed: it is kept until the next ``refresh``.
+        """
+        if self._listed is None:
+            groups = self.base.param_groups
+            self._listed = [p for g in groups for p in g["params"] if p.requires_grad]
+        return self._listed
 
     def _tracked(self, parameter: Tensor) -> bool:
         # ``in`` first: reading the state of an unknown parameter would insert it.
@@ -155,6 +165,7 @@ class WeightSpace:
                         torch._foreach_zero_(part)
                 bucket.step_sq = bucket.drift_sq = None
         self._slopes = []
+        self._dozed = 0
         self.anchored = False
         self.moved = False
 
@@ -180,15 +191,23 @@ class WeightSpace:
 
     # -- one real step -------------------------------------------------------------
 
-    def observe(self, loss: Tensor | float | None) -> PendingReading:
+    def observe(
+        self, loss: Tensor | float | None, norms_only: bool = False
+    ) -> PendingReading:
         """Measure gradient against basis, on the device; ``wait`` brings the numbers.
 
         Reads everything, writes nothing.
+
+        Args:
+            norms_only: Measure ||g||^2 alone; the rest of the reading is zero.
         """
         buckets = self._all()
         reading = PendingReading(sum(len(b.rows) for b in buckets), loss)
         for bucket in buckets:
-            if bucket.gradients:
+            if bucket.gradients and norms_only:
+                values = self.ops.observe(bucket.gradients, [])
+                reading.add_statistics(bucket.rows, values)
+            elif bucket.gradients:
                 values = self.ops.observe(
                     bucket.gradients, bucket.basis, bucket.basis_sq
                 )
@@ -201,6 +220,8 @@ class WeightSpace:
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
+        if self._dozed:
+            self._catch_up()
         for bucket in self._tracked_buckets():
             if self.low_memory:
                 self.ops.copy(bucket.parameters, bucket.steps)
@@ -241,6 +262,48 @@ class WeightSpace:
                 bucket.vouch(math.isfinite(sums[:, 1].sum().item()))
         self.anchored = True
         self.moved = False
+
+    # -- one real step asleep --------------------------------------------------------
+
+    @property
+    def can_doze(self) -> bool:
+        """Whether no move has to be taken back and the anchor starts the lag's way."""
+        return not self.moved and (self.anchored or self._dozed > 0)
+
+    def doze(self) -> None:
+        """Instead of ``before_base`` and ``after_base``, while nobody needs directions.
+
+        Only the EMA goes on, and once in ``_DOZE_STEPS`` steps at that.
+        """
+        self._slopes = []
+        self.anchored = False
+        self._dozed += 1
+        if self._dozed == _DOZE_STEPS:
+            self._catch_up()
+
+    def _doze_rates(self) -> tuple[float, float]:
+        """What the k steps since the anchor make of the lag: v <- p v + q (theta - a).
+
+        k times v <- beta (v + s) with all s alike, theta - a = k s: p = beta^k, q =
+        (beta + ... + beta^k) / k. The directions of single steps are lost, so the
+        average is that of a straight way; it ends at the very weights.
+        """
+        powers = [self.beta**k for k in range(1, self._dozed + 1)]
+        return powers[-1], sum(powers) / len(powers)
+
+    def _catch_up(self) -> None:
+        """Take the steps since the anchor into the lag, and set the anchor."""
+        kept, taken = self._doze_rates()
+        for bucket in self._tracked_buckets():
+            if bucket.lags:
+                lists = (bucket.parameters, bucket.anchors, bucket.steps, bucket.lags)
+                for theta, anchor, way, lag in zip(*lists, strict=True):
+                    torch.sub(theta, anchor, out=way)
+                    lag.mul_(kept).add_(way, alpha=taken)
+                bucket.step_sq = None
+            self.ops.copy(bucket.parameters, bucket.anchors)
+        self._dozed = 0
+        self.anchored = True
 
     def _advance_low(self, bucket: Bucket) -> Tensor:
         # s holds the weights before the base step; s <- theta - s in place.
@@ -356,6 +419,13 @@ class WeightSpace:
                 lags = [
                     v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)
                 ]
+                if self._dozed:
+                    kept_share, taken = self._doze_rates()
+                    ways = torch._foreach_sub(g.parameters, g.anchors)
+                    lags = [
+                        v * kept_share + way * taken
+                        for v, way in zip(lags, ways, strict=True)
+                    ]
                 torch._foreach_sub_(g.parameters, lags)
         try:
             yield
@@ -372,6 +442,7 @@ class WeightSpace:
         return {
             "anchored": self.anchored,
             "moved": self.moved,
+            "dozed": self._dozed,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -379,6 +450,7 @@ class WeightSpace:
         """Restore what ``state_dict`` returned."""
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
+        self._dozed = int(state.get("dozed", 0))
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))
