@@ -131,7 +131,7 @@ class Controller:
             return None
         progress = 0.0
         if not rolled_back and move.worth > 0 and move.base_worth > 0:
-            end = -float(move.coefficients[:, STEP].dot(observation.dots[:, STEP]))
+            end = -float((move.coefficients[:, STEP] * observation.dots[:, STEP]).sum())
             ratio = max(-1.0, min(1.0, end / move.worth))
             progress = 0.5 * (1.0 + ratio) * move.worth / move.base_worth
         cost = 1.0 + (2.0 if rolled_back else 0.0)
@@ -200,7 +200,7 @@ class Controller:
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
         downhill = slopes.clamp_min(0.0)
-        worth = float(forecast.coefficients[:, STEP].dot(downhill))
+        worth = float((forecast.coefficients[:, STEP] * downhill).sum())
         self.move = Move(
             forecast.coefficients,
             rates,
