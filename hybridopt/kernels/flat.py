@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ __all__ = [
     "dot",
     "dots",
     "flat",
+    "graphless",
     "groups",
     "precision_of",
     "uniform",
@@ -22,6 +25,23 @@ _GROUP_LIMIT = 1 << 24
 """Weights per group of the foreach way; bounds each temporary to 64 MiB of float32."""
 _DOT_LIMIT = 1 << 30
 """BLAS counts in 32 bits."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def graphless(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.no_grad`` that costs nothing where gradients are off already."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def precision_of(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -79,19 +79,17 @@ def _apply_in_place(
         return None
     if not finite and not all([n < _SAFE for n in _norms(parameters, None)]):
         return None
-    lengths = []
-    for index, (theta, row, reach) in enumerate(
-        zip(parameters, rows, reaches, strict=True)
-    ):
-        used = [(b[index], k) for b, k in zip(basis, row, strict=True) if k != 0.0]
-        if len(used) > 1:
-            delta = flat(_delta(theta, *zip(*used, strict=True)), theta.dtype)
-            lengths.append(dot(delta, delta).item())
-            theta.add_(delta.view(theta.shape))
-            continue
-        lengths.append(reach * reach)
-        for b, k in used:
-            theta.add_(b, alpha=k)
+    lengths = [reach * reach for reach in reaches]
+    for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
+        used = [j for j, k in enumerate(row) if k != 0.0]
+        if len(used) == 1:
+            j = used[0]
+            theta.add_(basis[j][index], alpha=row[j])
+        elif used:
+            delta = _delta(theta, [b[index] for b in basis], row)
+            vector = flat(delta, theta.dtype)
+            lengths[index] = dot(vector, vector).item()
+            theta.add_(delta)
     return torch.tensor([*lengths, 1.0])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridopt.kernels.flat import (
     dots,
     flat,
+    graphless,
     groups,
     precision_of,
     uniform,
@@ -35,7 +36,7 @@ class TorchOps:
 
     name = "torch"
 
-    @torch.no_grad()
+    @graphless
     def observe(
         self,
         gradients: Sequence[Tensor],
@@ -68,7 +69,7 @@ class TorchOps:
         columns = [torch.stack(sums), *norms] if norms else [torch.stack(sums)]
         return torch.cat(columns).view(-1, count).t()
 
-    @torch.no_grad()
+    @graphless
     def advance(
         self,
         parameters: Sequence[Tensor],
@@ -111,7 +112,7 @@ class TorchOps:
         sums = dots([flat(g, precision) for g in gradients], moves)
         return torch.stack(sums + dots(moves, moves)).view(2, -1).t()
 
-    @torch.no_grad()
+    @graphless
     def apply(
         self,
         parameters: Sequence[Tensor],
@@ -140,7 +141,7 @@ class TorchOps:
         rows = [[k * scale for k in row] for row in coefficients.tolist()]
         return apply_on_host(parameters, basis, rows, squares, finite)
 
-    @torch.no_grad()
+    @graphless
     def copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """target_l <- source_l for all l, bit for bit when the dtypes agree."""
         if len(source) != 0:

@@ -144,4 +144,5 @@ def _scatter(statistics: Tensor, rows: list[int], block: Tensor) -> None:
         places = slice(None)
     first = 1 + BASIS_SIZE
     statistics[places, : 1 + directions] = block[:, : 1 + directions]
-    statistics[places, first : first + directions] = block[:, 1 + directions :]
+    if directions:
+        statistics[places, first : first + directions] = block[:, 1 + directions :]

@@ -347,7 +347,7 @@ class WeightSpace:
             written = self.ops.apply(
                 bucket.parameters,
                 basis,
-                chosen.to(torch.float32),
+                chosen if bucket.on_host else chosen.to(torch.float32),
                 scale,
                 bucket.basis_sq,
                 bucket.vouched,
