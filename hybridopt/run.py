@@ -45,6 +45,7 @@ from hybridopt.types import StepRecord
 from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
 from hybridopt.weights.flat import supports
 from hybridopt.weights.local import shard_share
+from hybridopt.weights.module_buffers import list_buffers
 from hybridopt.weights.secant import affordable_pairs
 
 __all__ = ["Components", "Counters", "Run", "build_run"]
@@ -363,25 +364,6 @@ class Run:
             else []
         )
         self.consumed = []
-
-
-def list_buffers(model: nn.Module) -> list[Tensor]:
-    """``model.buffers()`` without the names, which cost most of its time."""
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        if module._buffers:
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    found.setdefault(id(buffer), buffer)
-        if module._modules:
-            waiting += reversed(list(module._modules.values()))
-    return list(found.values())
 
 
 def build_run(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import Ops
+from hybridopt.weights import directions
 from hybridopt.weights.buckets import (
     ANCHOR,
     DRIFT_KEY,
@@ -30,14 +31,13 @@ from hybridopt.weights.buckets import (
     Bucket,
     BucketTable,
 )
+from hybridopt.weights.lag import DozingLag, averaged
 from hybridopt.weights.local import local, shard_numel
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
 
 _MIB = 2.0**20
-_DOZE_STEPS = 8
-"""Sleeping steps between two updates of the lag."""
 
 
 class WeightSpace:
@@ -61,8 +61,7 @@ class WeightSpace:
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
         self._slopes: list[tuple[list[int], Tensor]] = []
-        self._dozed = 0
-        """Sleeping steps since the anchor was set."""
+        self._lag = DozingLag(self.beta)
         self._listed: list[Tensor] | None = None
         self._table = BucketTable(base)
 
@@ -165,7 +164,7 @@ class WeightSpace:
                         torch._foreach_zero_(part)
                 bucket.step_sq = bucket.drift_sq = None
         self._slopes = []
-        self._dozed = 0
+        self._lag.steps = 0
         self.anchored = False
         self.moved = False
 
@@ -220,8 +219,9 @@ class WeightSpace:
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
-        if self._dozed:
-            self._catch_up()
+        if self._lag.steps:
+            self._lag.catch_up(self._tracked_buckets(), self.ops)
+            self.anchored = True
         for bucket in self._tracked_buckets():
             if self.low_memory:
                 self.ops.copy(bucket.parameters, bucket.steps)
@@ -268,42 +268,18 @@ class WeightSpace:
     @property
     def can_doze(self) -> bool:
         """Whether no move has to be taken back and the anchor starts the lag's way."""
-        return not self.moved and (self.anchored or self._dozed > 0)
+        return not self.moved and (self.anchored or self._lag.steps > 0)
 
     def doze(self) -> None:
         """Instead of ``before_base`` and ``after_base``, while nobody needs directions.
 
-        Only the EMA goes on, and once in ``_DOZE_STEPS`` steps at that.
+        Only the EMA goes on, and once in a few steps at that.
         """
         self._slopes = []
-        self.anchored = False
-        self._dozed += 1
-        if self._dozed == _DOZE_STEPS:
-            self._catch_up()
-
-    def _doze_rates(self) -> tuple[float, float]:
-        """What the k steps since the anchor make of the lag: v <- p v + q (theta - a).
-
-        k times v <- beta (v + s) with all s alike, theta - a = k s: p = beta^k, q =
-        (beta + ... + beta^k) / k. The directions of single steps are lost, so the
-        average is that of a straight way; it ends at the very weights.
-        """
-        powers = [self.beta**k for k in range(1, self._dozed + 1)]
-        return powers[-1], sum(powers) / len(powers)
-
-    def _catch_up(self) -> None:
-        """Take the steps since the anchor into the lag, and set the anchor."""
-        kept, taken = self._doze_rates()
-        for bucket in self._tracked_buckets():
-            if bucket.lags:
-                lists = (bucket.parameters, bucket.anchors, bucket.steps, bucket.lags)
-                for theta, anchor, way, lag in zip(*lists, strict=True):
-                    torch.sub(theta, anchor, out=way)
-                    lag.mul_(kept).add_(way, alpha=taken)
-                bucket.step_sq = None
-            self.ops.copy(bucket.parameters, bucket.anchors)
-        self._dozed = 0
-        self.anchored = True
+        self._lag.steps += 1
+        self.anchored = self._lag.due
+        if self.anchored:
+            self._lag.catch_up(self._tracked_buckets(), self.ops)
 
     def _advance_low(self, bucket: Bucket) -> Tensor:
         # s holds the weights before the base step; s <- theta - s in place.
@@ -364,34 +340,15 @@ class WeightSpace:
 
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """sum_j coefficients[l, j] b_jl for every tracked tensor, as new tensors."""
-        found: dict[int, Tensor] = {}
-        for bucket in self._tracked_buckets():
-            for place, row in enumerate(bucket.rows):
-                parts = [
-                    float(coefficients[row, column]) * direction[place].float()
-                    for column, direction in enumerate(bucket.basis)
-                ]
-                found[row] = bucket.shaped(place, torch.stack(parts).sum(0))
-        return [found[row] for row in sorted(found)]
+        return directions.combine(self._tracked_buckets(), coefficients)
 
     def displacements(self) -> list[Tensor]:
         """S of every tracked tensor, in row order; not copies."""
-        found: dict[int, Tensor] = {}
-        for bucket in self._tracked_buckets():
-            for place, row in enumerate(bucket.rows):
-                found[row] = bucket.shaped(place, bucket.steps[place])
-        return [found[row] for row in sorted(found)]
+        return directions.displacements(self._tracked_buckets())
 
     def add(self, tensors: list[Tensor]) -> None:
         """theta_l += tensor_l for every tracked tensor, in row order."""
-        rows = sorted(row for b in self._tracked_buckets() for row in b.rows)
-        place = {row: index for index, row in enumerate(rows)}
-        for bucket in self._tracked_buckets():
-            parts = [
-                tensors[place[row]].to(p.device, p.dtype).view(p.shape)
-                for row, p in zip(bucket.rows, bucket.parameters, strict=True)
-            ]
-            torch._foreach_add_(bucket.parameters, parts)
+        directions.add(self._tracked_buckets(), tensors)
         self.moved = True
 
     def roll_back(self) -> None:
@@ -412,27 +369,8 @@ class WeightSpace:
             yield
             return
         self.refresh()
-        groups = self._tracked_buckets()
-        kept = [[p.clone() for p in g.parameters] for g in groups]
-        with torch.no_grad():
-            for g in groups:
-                lags = [
-                    v.to(p.dtype) for v, p in zip(g.lags, g.parameters, strict=True)
-                ]
-                if self._dozed:
-                    kept_share, taken = self._doze_rates()
-                    ways = torch._foreach_sub(g.parameters, g.anchors)
-                    lags = [
-                        v * kept_share + way * taken
-                        for v, way in zip(lags, ways, strict=True)
-                    ]
-                torch._foreach_sub_(g.parameters, lags)
-        try:
+        with averaged(self._tracked_buckets(), self._lag, self.ops):
             yield
-        finally:
-            with torch.no_grad():
-                for g, old in zip(groups, kept, strict=True):
-                    self.ops.copy(old, g.parameters)
 
     # -- state -----------------------------------------------------------------------
 
@@ -442,7 +380,7 @@ class WeightSpace:
         return {
             "anchored": self.anchored,
             "moved": self.moved,
-            "dozed": self._dozed,
+            "dozed": self._lag.steps,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -450,7 +388,7 @@ class WeightSpace:
         """Restore what ``state_dict`` returned."""
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
-        self._dozed = int(state.get("dozed", 0))
+        self._lag.steps = int(state.get("dozed", 0))
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))
