@@ -86,8 +86,7 @@ class Ops(Protocol):
         """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
 
         Args:
-            coefficients: (L, J) float32 or float64, on the parameters' device or the
-                CPU.
+            coefficients: (L, J) float32, on the parameters' device or the CPU.
             scale: Share of the move that this call makes.
             squares: As for ``observe``.
             finite: The caller knows that every weight is finite; a backend may then

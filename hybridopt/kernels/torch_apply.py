@@ -70,6 +70,8 @@ def _apply_in_place(
     known = [*squares, *(None,) * (len(basis) - len(squares))]
     for j, (direction, square) in enumerate(zip(basis, known, strict=True)):
         factors = [abs(row[j]) for row in rows]
+        if not all([k < _SAFE for k in factors]):
+            return None
         if any(factors):
             terms = zip(reaches, factors, _norms(direction, square), strict=True)
             # 0 * inf is NaN, but an unused direction counts as zero.

@@ -323,7 +323,7 @@ class WeightSpace:
             written = self.ops.apply(
                 bucket.parameters,
                 basis,
-                chosen if bucket.on_host else chosen.to(torch.float32),
+                chosen.to(torch.float32),
                 scale,
                 bucket.basis_sq,
                 bucket.vouched,

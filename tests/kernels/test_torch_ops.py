@@ -201,6 +201,42 @@ def test_apply_counts_a_direction_without_coefficient_as_zero(way):
     assert theta[0].tolist() == [1.5] * 4
 
 
+@pytest.mark.parametrize("factor", [math.inf, math.nan, 3e38])
+def test_apply_of_absurd_factors_is_refused_where_it_reaches_a_weight(factor):
+    theta, empty = [torch.ones(3)], [torch.ones(0)]
+    factors = torch.tensor([[factor]])
+    assert OPS.apply(empty, [[torch.ones(0)]], factors, 2.0)[-1] == 1.0
+    assert OPS.apply(theta, [[torch.ones(3)]], factors, 2.0)[-1] == 0.0
+    assert torch.equal(theta[0], torch.ones(3))
+
+
+def test_apply_takes_what_is_known_and_moves_alike():
+    start = twin.tensors(twin.SHAPES, [torch.float32], 1)
+    basis = [twin.tensors(twin.SHAPES, [torch.float32], j) for j in (2, 3)]
+    coefficients = torch.rand(len(start), 2)
+    coefficients[::2, 1] = 0.0
+    squares = list(OPS.observe(start, basis)[:, 3:].unbind(1))
+    results = []
+    for known in ((), squares, (None, squares[1])):
+        for finite in (False, True):
+            theta = [t.clone() for t in start]
+            sums = OPS.apply(theta, basis, coefficients, 0.5, known, finite)
+            results.append((theta, sums))
+    for theta, sums in results[1:]:
+        assert all(map(torch.equal, theta, results[0][0]))
+        assert torch.equal(sums, results[0][1])
+
+
+def test_observe_returns_known_norms_as_they_are():
+    g = twin.tensors(twin.SHAPES, [torch.float32], 1)
+    basis = [twin.tensors(twin.SHAPES, [torch.float32], j) for j in (2, 3)]
+    measured = OPS.observe(g, basis)
+    known = torch.arange(float(len(g)))
+    found = OPS.observe(g, basis, [None, known])
+    assert torch.equal(found[:, :4], measured[:, :4])
+    assert torch.equal(found[:, 4], known)
+
+
 def test_apply_without_directions_still_judges_the_weights(way):
     good, bad = [torch.ones(3)], [torch.tensor([1.0, math.nan])]
     assert OPS.apply(good, [], torch.zeros(1, 0), 1.0).tolist() == [0.0, 1.0]
