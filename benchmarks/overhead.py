@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks.counting import live_tensor_bytes
 from benchmarks.tasks.gpt import GPT, SIZES, sequence_loss
+from hybridopt.demo.model import ByteGPT
+from hybridopt.demo.presets import PRESETS
 
 __all__ = ["Options", "Overhead", "Side", "main", "measure"]
 
@@ -110,9 +112,15 @@ def build(name: str, device: str, *, options: Options) -> tuple[nn.Module, Any]:
             return F.cross_entropy(called(x[i]), y[i])
 
         return model, loss
-    size = SIZES[name]
-    model = GPT(size).to(device)
-    shape = (count, options.batch or size.batch, size.context + 1)
+    if name == "demo":
+        preset = PRESETS["tiny"]
+        model = ByteGPT(preset.model).initialize(0).to(device)
+        rows, context = preset.batch_size, preset.model.context
+    else:
+        size = SIZES[name]
+        model = GPT(size).to(device)
+        rows, context = size.batch, size.context
+    shape = (count, options.batch or rows, context + 1)
     batches = torch.randint(256, shape, device=device)
     called = torch.compile(model) if compiled else model
     return model, lambda: sequence_loss(called, batches[next(calls) % count])
@@ -260,7 +268,9 @@ def _wait(device: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure models by name and print or write the figures; the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks overhead", description=__doc__)
-    parser.add_argument("--models", default="mlp,tiny", help=f"mlp, {', '.join(SIZES)}")
+    parser.add_argument(
+        "--models", default="mlp,tiny", help=f"mlp, demo, {', '.join(SIZES)}"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--block", type=int, default=20, help="steps per block")
