@@ -195,7 +195,10 @@ class BucketTable:
     def _valid(
         self, parameters: list[Tensor], present: list[bool], states: list[Any]
     ) -> bool:
-        if len(parameters) != len(self._parameters) or present != self._present:
+        if len(parameters) != len(self._parameters):
+            return False
+        # A predicted step has no gradients at all; who is with whom then means nothing.
+        if present != self._present and any(present):
             return False
         same = all(map(is_, parameters, self._parameters))
         # ``p.data = other`` keeps the parameter and leaves views of the old memory.

@@ -109,3 +109,19 @@ def test_buffers_are_listed_as_torch_does():
     found, wanted = list_buffers(model), list(model.buffers())
     assert len(found) == len(wanted) == 4
     assert all(a is b for a, b in zip(found, wanted, strict=True))
+
+
+def test_lists_and_norms_outlive_predicted_steps():
+    problem = regression()
+    opt = _predicting(problem)
+    (before,) = opt.run.space._table._buckets
+    predicted = 0
+    while opt.phase is Phase.PREDICT:
+        opt.step(lambda: problem.loss(0))
+        assert before.step_sq is not None
+        assert before.vouched
+        predicted += 1
+    train(problem, opt, 1, start=1)
+    (after,) = opt.run.space._table._buckets
+    assert after is before
+    assert predicted > 0
