@@ -323,8 +323,8 @@ def _write(
     command: list[str] | None,
 ) -> None:
     from benchmarks.overhead_table import markdown
+    from benchmarks.provenance import provenance
     from benchmarks.suite import Options as SuiteOptions
-    from benchmarks.suite import provenance
 
     words = ["python -m benchmarks overhead", *(command or [])]
     meta = provenance(words, SuiteOptions(device=device, seeds=(0,)))

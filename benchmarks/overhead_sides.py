@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tasks.gpt import GPT, SIZES, sequence_loss
+from hybridopt.demo.model import ByteGPT
+from hybridopt.demo.presets import PRESETS
 
 __all__ = ["Model", "Side", "build", "forced", "hybrid", "parse", "side"]
 
@@ -21,7 +23,7 @@ class Model:
     """What is trained: ``name[:batch[xmicro]][:compile]`` on the command line."""
 
     name: str
-    """mlp or a size of ``SIZES``."""
+    """mlp, demo (the demo's model and batch) or a size of ``SIZES``."""
     batch: int | None = None
     """Sequences per forward; the size's own when None."""
     micro: int = 1
@@ -41,8 +43,8 @@ def parse(text: str) -> Model:
         ValueError: An unknown name or a broken number.
     """
     name, *rest = text.split(":")
-    if name != "mlp" and name not in SIZES:
-        raise ValueError(f"model {name!r}: use mlp, {', '.join(SIZES)}.")
+    if name not in ("mlp", "demo", *SIZES):
+        raise ValueError(f"model {name!r}: use mlp, demo, {', '.join(SIZES)}.")
     compiled = rest[-1:] == ["compile"]
     rest = rest[:-1] if compiled else rest
     batch, _, micro = rest[0].partition("x") if rest else ("", "", "")
@@ -88,11 +90,17 @@ def build(
             return F.cross_entropy(called(x[i]), y[i])
 
         return made, loss
-    size = SIZES[model.name]
-    with torch.device(device):
-        made = GPT(size)
-        shape = (count, model.batch or size.batch, size.context + 1)
-        batches = torch.randint(size.vocabulary, shape)
+    if model.name == "demo":
+        preset = PRESETS["tiny"]
+        made = ByteGPT(preset.model).initialize(0).to(device)
+        shape = (count, model.batch or preset.batch_size, preset.model.context + 1)
+        batches = torch.randint(256, shape, device=device)
+    else:
+        size = SIZES[model.name]
+        with torch.device(device):
+            made = GPT(size)
+            shape = (count, model.batch or size.batch, size.context + 1)
+            batches = torch.randint(size.vocabulary, shape)
     called = torch.compile(made) if model.compiled else made
     return made, lambda: sequence_loss(called, batches[next(calls) % count])
 

@@ -22,7 +22,6 @@ from hybridopt.errors import ClosureError
 
 __all__ = [
     "Evaluation",
-    "buffers_of",
     "call_as_is",
     "evaluate",
     "forward_only",
@@ -164,24 +163,3 @@ def insists_on_call(closure: Callable[[], Any]) -> bool:
     function = closure.func if isinstance(closure, functools.partial) else closure
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("lightning.", "pytorch_lightning."))
-
-
-def buffers_of(model: nn.Module) -> list[Tensor]:
-    """``list(model.buffers())``, without making up every module's name: that takes
-    longer than some optimizers' whole step.
-    """
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                found.setdefault(id(buffer), buffer)
-        # The last one pushed comes next: children in their order, depth first.
-        children = [m for m in module._modules.values() if m is not None]
-        waiting.extend(reversed(children))
-    return list(found.values())

@@ -32,22 +32,22 @@ __all__ = [
 def digest(run: Run, taken: Pending) -> Observation:
     """The reading, summed over ranks: what every rank then decides by."""
     reading = taken.read()
-    local = torch.cat([reading.statistics, reading.slopes.unsqueeze(1)], 1) * run.shares
     count = run.collective.world_size
+    statistics, slopes = reading.statistics, reading.slopes
     if count > 1:
+        local = torch.cat([statistics, slopes.unsqueeze(1)], 1) * run.shares
         share = [reading.loss / count, float(run.refused)]
         rest = torch.tensor(share, dtype=torch.float64)
         total = run.collective.sum(torch.cat([local.reshape(-1), rest]))
         local, mean_loss = total[:-2].view_as(local), float(total[-2])
+        statistics, slopes = local[:, :-1], local[:, -1]
         refused, run.refused = bool(total[-1] > 0.0), False
     else:
         mean_loss, refused = reading.loss, False
-    gradient_sq = local[:, 0]
-    norm = (
-        math.sqrt(float(gradient_sq.sum()))
-        if bool(gradient_sq.isfinite().all())
-        else math.nan
-    )
+    gradient_sq = statistics[:, 0]
+    # What is not finite stays so in a sum.
+    square = float(gradient_sq.sum())
+    norm = math.sqrt(square) if math.isfinite(square) else math.nan
     finite = math.isfinite(norm) and (not taken.has_loss or math.isfinite(mean_loss))
     finite = finite and not refused
     rate = largest(taken.rates)
@@ -59,13 +59,13 @@ def digest(run: Run, taken: Pending) -> Observation:
         gradient_norm=norm,
         finite=finite,
         gradient_sq=gradient_sq,
-        dots=local[:, 1 : 1 + BASIS_SIZE],
-        basis_sq=local[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
+        dots=statistics[:, 1 : 1 + BASIS_SIZE],
+        basis_sq=statistics[:, 1 + BASIS_SIZE : 1 + 2 * BASIS_SIZE],
         learning_rate=rate,
         lr_ratio=run.controller.lr_ratio(rate),
         # Behind a step that was skipped on the device, NaN gradients stand against no
         # displacement.
-        slopes=local[:, -1].nan_to_num(0.0, 0.0, 0.0),
+        slopes=slopes.nan_to_num(0.0, 0.0, 0.0),
         move=taken.move,
         before_turn=taken.before_turn,
     )

@@ -49,6 +49,8 @@ def take_base_step(
     step_base: Callable[[], Any],
     skip: Tensor | None = None,
     gains: Tensor | None = None,
+    *,
+    dozes: bool = False,
 ) -> bool:
     """The base's own step, with displacement and drift taken in around it.
 
@@ -58,12 +60,14 @@ def take_base_step(
         skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
             which read it on the device under the name that GradScaler uses.
         gains: (L,) of a move along s to make in the same pass, if that can be done.
+        dozes: Nobody needs displacement or drift; and with no move to come, no buffers
+            either.
 
     Returns:
         Whether that move was made.
     """
     ready, made = run.space.ready, False
-    if ready:
+    if ready and not dozes:
         run.space.before_base()
     started = time.perf_counter()
     if skip is not None:
@@ -75,11 +79,14 @@ def take_base_step(
         if skip is not None:
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
-    if ready:
+    if dozes:
+        run.space.doze()
+    elif ready:
         made = run.space.after_base(gains)
     if not run.space.complete():
         run.space.allocate()
-    run.keep_buffers()
+    if not dozes:
+        run.keep_buffers()
     return made
 
 

@@ -145,6 +145,8 @@ class HybridPredictOptimizer(Optimizer):
         if not run.enabled:
             return self._bare_step(closure)
         run.start_clock()
+        # Groups may have changed since the last step.
+        run.space.refresh()
         busy = run.counters.closure_s + run.counters.base_s
         plan = run.controller.plan
         evaluation: Evaluation | None = None
@@ -257,6 +259,7 @@ class HybridPredictOptimizer(Optimizer):
 
     def _bare_step(self, closure: Closure | None) -> Any:
         """The base alone, with either closure form."""
+        self._run.space.refresh()
         if closure is None:
             with without_global_hooks():
                 return self.base.step()

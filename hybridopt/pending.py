@@ -30,6 +30,8 @@ class Pending:
     """(L,) learning rates of the step."""
     anchored: bool
     """Whether there was a displacement to measure the gradient against."""
+    dozes: bool = False
+    """Whether nothing but the gradient norm was measured."""
     move: Move | None = None
     """The move behind the real step before, which this one measures."""
     before_turn: bool = False

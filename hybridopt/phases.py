@@ -78,17 +78,19 @@ def real_step(
     """
     run.space.refresh()
     run.settle()
+    dozes = run.controller.dozes and run.space.can_doze
     taken = Pending(
         step=run.counters.steps,
-        reading=run.space.observe(loss),
+        reading=run.space.observe(loss, dozes),
         has_loss=loss is not None,
         rates=run.rates(),
         anchored=run.space.anchored,
+        dozes=dozes,
     )
     # Steps that a Predict phase consumed can be taken back here, if the host judges
     # before the base steps. A rate that is no number is kept from the base likewise.
     consumed = run.controller.plan.horizon > 0
-    if not consumed and skips_on_device(run) and bool(taken.rates.isfinite().all()):
+    if not consumed and skips_on_device(run) and math.isfinite(run.top_rate()):
         return _unjudged_step(run, taken, step_base)
     settle(run)
     taken.move = run.controller.move
@@ -99,7 +101,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     """The host waits for the numbers and judges before the base steps."""
     observation = digest(run, taken)
     verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
-    newton = quasi_newton.before_base(run, observation)
+    newton = quasi_newton.before_base(run, observation, taken.dozes)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
@@ -110,7 +112,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     expected = correcting.expected_displacement(run, taken.move)
     learn(run, observation, taken.anchored)
     run.controller.move = None
-    take_base_step(run, step_base)
+    take_base_step(run, step_base, dozes=taken.dozes and not newton.engaged)
     correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     advance(run, observation)
@@ -150,7 +152,7 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     planned = Planned()
     if before is not None:
         planned = plan_move(run, *before, taken.rates)
-    made = take_base_step(run, step_base, flag, planned.gains)
+    made = take_base_step(run, step_base, flag, planned.gains, dozes=taken.dozes)
     run.pending = taken
     run.counters.real_steps += 1
     mover = begin_move(run, planned, made=made)
@@ -193,7 +195,7 @@ def predicted_step(run: Run) -> Done:
         horizon=plan.horizon,
         progress=move.progress,
         gain=float(move.coefficients[:, STEP].mean()),
-        learning_rate=float(rates.max()),
+        learning_rate=run.top_rate(),
     )
 
 
@@ -224,7 +226,7 @@ def validated_step(run: Run, closure: Callable[[], Any]) -> Done:
         gradient_sq=torch.zeros(size, dtype=torch.float64),
         dots=empty,
         basis_sq=empty,
-        learning_rate=float(run.rates().max()),
+        learning_rate=run.top_rate(),
         lr_ratio=1.0,
         move=move,
     )

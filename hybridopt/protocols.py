@@ -36,13 +36,18 @@ class Ops(Protocol):
     name: str
 
     def observe(
-        self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+        self,
+        gradients: Sequence[Tensor],
+        basis: Sequence[Sequence[Tensor]],
+        squares: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Inner products of the gradient with every basis direction, in one pass.
 
         Args:
             gradients: L gradients.
             basis: J lists of L directions.
+            squares: J times (L,) ||b_jl||^2 where known, None where not, or nothing at
+                all; a backend may return these instead of measuring them again.
 
         Returns:
             (L, 1 + 2 J) float32 on the device (float64 for float64 gradients):
@@ -66,8 +71,8 @@ class Ops(Protocol):
         theta - ema(theta) of an EMA with decay beta.
 
         Returns:
-            (L, 3) float32 on the device (float64 for float64 parameters):
-            <g_l, s_l>, ||s_l||^2, ||v_l||^2.
+            (L, 2) float32 on the device (float64 for float64 parameters):
+            <g_l, s_l>, ||s_l||^2.
         """
 
     def apply(
@@ -76,12 +81,17 @@ class Ops(Protocol):
         basis: Sequence[Sequence[Tensor]],
         coefficients: Tensor,
         scale: float,
+        squares: Sequence[Tensor | None] = (),
+        finite: bool = False,
     ) -> Tensor:
         """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
 
         Args:
             coefficients: (L, J) float32, on the parameters' device or the CPU.
             scale: Share of the move that this call makes.
+            squares: As for ``observe``.
+            finite: The caller knows that every weight is finite; a backend may then
+                look at the directions alone.
 
         Returns:
             (L + 1,) float32 on the device: ||delta_l||^2 per tensor, then 1.0 when the

@@ -34,14 +34,21 @@ class Newton:
     """Its pending move made the loss worse or not finite."""
 
 
-def before_base(run: Run, observation: Observation) -> Newton:
-    """Judge the pending move and record position and gradient; writes no weight."""
+def before_base(run: Run, observation: Observation, dozes: bool = False) -> Newton:
+    """Judge the pending move and record position and gradient; writes no weight.
+
+    Args:
+        dozes: The run is asleep, which a loss that is not smooth does not change.
+    """
     mover = run.secant
     if mover is None or run.secant_off:
         return Newton(quiet=True)
     if run.decays:
         # A secant move goes where the loss alone is lowest, and would take back the
         # decay that the user asked for.
+        mover.abandon()
+        return Newton(quiet=True)
+    if dozes and not run.noise.is_low:
         mover.abandon()
         return Newton(quiet=True)
     judged = mover.pending

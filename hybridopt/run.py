@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from hybridopt.closure import buffers_of
 from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.controller import CONTEXT_SIZE
@@ -48,6 +47,7 @@ from hybridopt.types import StepRecord
 from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
 from hybridopt.weights.flat import supports
 from hybridopt.weights.local import shard_share
+from hybridopt.weights.module_buffers import list_buffers
 from hybridopt.weights.secant import affordable_pairs
 
 __all__ = ["Components", "Counters", "Run", "build_run"]
@@ -130,6 +130,8 @@ class Run:
     secant_off: bool = False
     """Whether the loss turned out too noisy for secant moves."""
     started_s: float = 0.0
+    known_rates: tuple[Any, Tensor, float] | None = None
+    """What ``rates`` was made from, its result, and the largest of them."""
 
     def adopt(self, other: Run) -> None:
         """Become ``other``; whoever holds this object sees the new run."""
@@ -149,28 +151,41 @@ class Run:
     # -- rates ---------------------------------------------------------------------
 
     def rates(self) -> Tensor:
-        """(L,) learning rate of every trainable parameter, now."""
-        values = [
-            float(g["lr"])
-            for g in self.base.param_groups
-            for p in g["params"]
-            if p.requires_grad
-        ]
-        return torch.tensor(values, dtype=torch.float64)
+        """(L,) learning rate of every trainable parameter, now; not to be changed."""
+        return self._known_rates()[1]
+
+    def top_rate(self) -> float:
+        """The largest of ``rates``; nan if one of them is, 0 if there are none."""
+        return self._known_rates()[2]
+
+    def _known_rates(self) -> tuple[Any, Tensor, float]:
+        groups = self.base.param_groups
+        key: list[Any] = [len(self.space.parameters())]
+        key += [(len(g["params"]), float(g["lr"])) for g in groups]
+        if self.known_rates is None or self.known_rates[0] != key:
+            values = [
+                float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad
+            ]
+            rates = torch.tensor(values, dtype=torch.float64)
+            top = float(rates.max()) if values else 0.0
+            self.known_rates = (key, rates, top)
+        return self.known_rates
 
     # -- buffers -------------------------------------------------------------------
 
     def keep_buffers(self) -> None:
         """Remember the model's buffers beside the anchor."""
         if self.model is not None:
-            self.buffers = [b.detach().clone() for b in buffers_of(self.model)]
+            self.buffers = [b.detach().clone() for b in list_buffers(self.model)]
 
     def restore_buffers(self) -> None:
         """Give the model its buffers back, bit for bit."""
         if self.model is None or not self.buffers:
             return
         with torch.no_grad():
-            for buffer, kept in zip(self.model.buffers(), self.buffers, strict=True):
+            for buffer, kept in zip(
+                list_buffers(self.model), self.buffers, strict=True
+            ):
                 buffer.copy_(kept)
 
     # -- gradients that were used up -------------------------------------------------
@@ -336,7 +351,7 @@ class Run:
         pending = state.get("pending")
         self.pending = None if pending is None else Pending.from_state(pending)
         self.forward_form = bool(state["forward_form"])
-        buffers = list(self.model.buffers()) if self.model is not None else []
+        buffers = [] if self.model is None else list_buffers(self.model)
         kept = state["buffers"]
         self.buffers = (
             [k.to(b.device) for k, b in zip(kept, buffers, strict=True)]

@@ -99,28 +99,38 @@ class LinUCBPolicy:
         self._A: list[Rows] = [_scaled_identity(config.ridge, d) for _ in horizons]
         self._b: Rows = [[0.0] * d for _ in horizons]
         self._pulls = [0 for _ in horizons]
-        self._root = [_inverse_root(A) for A in self._A]
-        self._theta: Rows = [[0.0] * d for _ in horizons]
+        # L^-1 and theta per arm, made when a score is asked for; None until then.
+        self._solved: list[tuple[Rows, list[float]] | None] = [None for _ in horizons]
 
     @property
     def pulls(self) -> tuple[int, ...]:
         """Updates per arm."""
         return tuple(self._pulls)
 
-    def scores(self, context: Sequence[float]) -> list[float]:
-        """Upper confidence bound of every arm's reward in this context."""
+    def scores(self, context: Sequence[float], count: int | None = None) -> list[float]:
+        """Upper confidence bounds of the rewards of the first arms, or of all."""
         x = self._vector(context)
         alpha = self.config.exploration
-        # x' A^-1 x = ||L^-1 x||^2; rows of L^-1 end at the diagonal, and so does map.
-        return [
-            _dot(theta, x) + alpha * math.sqrt(sum(_dot(row, x) ** 2 for row in root))
-            for theta, root in zip(self._theta, self._root, strict=True)
-        ]
+        found = []
+        for arm in range(len(self.horizons) if count is None else count):
+            root, theta = self._solution(arm)
+            # x' A^-1 x = ||L^-1 x||^2; rows of L^-1 end at the diagonal, as does map.
+            spread = math.sqrt(sum([_dot(row, x) ** 2 for row in root]))
+            found.append(_dot(theta, x) + alpha * spread)
+        return found
+
+    def _solution(self, arm: int) -> tuple[Rows, list[float]]:
+        solved = self._solved[arm]
+        if solved is None:
+            solved = self._solved[arm] = _solve(self._A[arm], self._b[arm])
+        return solved
 
     def choose(self, context: Sequence[float], longest: int) -> int:
         """The qualifying arm with the best score; of equal ones the longest."""
         allowed = _count_allowed(self.horizons, longest)
-        scores = self.scores(context)[:allowed]
+        if allowed == 1:
+            return 0
+        scores = self.scores(context, allowed)
         best = max(scores)
         bar = best - TIE * (1.0 + abs(best))
         return max(arm for arm, score in enumerate(scores) if score >= bar)
@@ -145,7 +155,7 @@ class LinUCBPolicy:
             gamma * b + reward * v for b, v in zip(self._b[arm], x, strict=True)
         ]
         self._pulls[arm] += 1
-        self._root[arm], self._theta[arm] = _solve(A, self._b[arm])
+        self._solved[arm] = None
 
     def state_dict(self) -> dict[str, Any]:
         """A (rows), b and pulls per arm; all else follows from them."""
@@ -173,8 +183,7 @@ class LinUCBPolicy:
         except (ValueError, ZeroDivisionError):
             raise _mismatch("A: must be positive definite for every arm") from None
         self._A, self._b, self._pulls = As, bs, list(pulls)
-        self._root = [root for root, _ in solved]
-        self._theta = [theta for _, theta in solved]
+        self._solved = list(solved)
 
     def _vector(self, context: Sequence[float]) -> list[float]:
         """The context, clipped; what is not finite counts as unknown, as 0."""

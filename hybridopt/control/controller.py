@@ -44,6 +44,9 @@ IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 60
 """Real steps in a row with idle moves before the optimizer goes to sleep."""
+WAKING_STEPS = 2
+"""Last steps of a sleep at which weight space works again: when the sleep ends, a plan
+needs the base's newest displacement and the slopes of the one before."""
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
 
@@ -73,6 +76,13 @@ class Controller:
     def asleep(self) -> bool:
         """Whether prediction has not paid lately and only the base works."""
         return self.sleep_steps > 0
+
+    @property
+    def dozes(self) -> bool:
+        """Whether nobody needs more of this real step than its loss and gradient norm:
+        asleep, not about to wake up, and no move to measure.
+        """
+        return self.sleep_steps > WAKING_STEPS and self.move is None
 
     def lr_ratio(self, rate: float) -> float:
         """This real step's learning rate over the previous one's; 1 at first."""
@@ -251,8 +261,9 @@ class Controller:
 
     def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
         """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
-        alignment = observation.alignment[:, STEP]
-        mean = float(alignment.mean()) if alignment.numel() else 0.0
+        squares = observation.gradient_sq * observation.basis_sq[:, STEP]
+        cosines = squares.rsqrt_().mul_(observation.dots[:, STEP])
+        mean = -float(cosines.nan_to_num_(0.0, 0.0, 0.0).mean())
         values = [
             1.0,
             forecast.confidence,

@@ -108,9 +108,9 @@ class PriorPredictor:
         move = observation.move
         if move is not None and move.progress != 0.0:
             gains = move.coefficients[:, STEP]
-            end = -float((gains * observation.dots[:, STEP]).sum())
+            end = -float(gains.dot(observation.dots[:, STEP]))
             self.efficiency.add(move.slope, end)
-            length = float((gains * gains * observation.basis_sq[:, STEP]).sum())
+            length = float((gains * gains).dot(observation.basis_sq[:, STEP]))
             norm = observation.gradient_norm
             # A float to a power raises on overflow; a product becomes inf.
             self.gate.add(end, length, norm * norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import ne
 
 __all__ = ["MIN_OBSERVATIONS", "measure_rise", "turning_share"]
 
@@ -40,7 +41,7 @@ def measure_rise(
     """
     size = max(MIN_OBSERVATIONS, len(values) // 4)
     level, sigma = _level_and_sigma(values, size)
-    scale = sum(abs(v) for v in values[-size:]) / size
+    scale = sum(map(abs, values[-size:])) / size
     sigma = max(sigma, RELATIVE_FLOOR * scale, floor)
     rise = (value - level) / sigma if sigma > 0 else 0.0
     if rise < NOTABLE_SIGMA or min(values) <= 0:
@@ -64,7 +65,7 @@ def _level_and_sigma(values: Sequence[float], size: int) -> tuple[float, float]:
         mean = sum(block) / size
         if end == len(values):
             newest = mean
-        square += sum((v - mean) * (v - mean) for v in block)
+        square += sum([(v - mean) * (v - mean) for v in block])
         peak = max(peak, max(block) - mean)
         count += size - 1
         end -= size
@@ -85,7 +86,8 @@ def turning_share(values: Sequence[float]) -> tuple[float, float]:
     places = len(differences) - 1
     if places < 1:
         return 0.0, 1.0
-    turns = sum((a > 0) != (b > 0) for a, b in itertools.pairwise(differences))
+    rising = [difference > 0 for difference in differences]
+    turns = sum(map(ne, rising, rising[1:]))
     n = places + 2
     bound = 2 * places / 3 + 3.1 * math.sqrt((16 * n - 29) / 90)
     return turns / places, bound / places

@@ -72,9 +72,14 @@ class CupyOps:
         return (CupyOps, (self.device,))
 
     def observe(
-        self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+        self,
+        gradients: Sequence[Tensor],
+        basis: Sequence[Sequence[Tensor]],
+        squares: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Inner products of the gradient with every basis direction, in one pass.
+
+        ``squares`` are measured anew: the kernel reads the directions anyway.
 
         Returns:
             (L, 1 + 2 J) float32 on the device: ||g||^2, <g, b_j>, ||b_j||^2.
@@ -109,7 +114,7 @@ class CupyOps:
         """Do s <- theta - anchor, v <- beta (v + s), anchor <- theta in one pass.
 
         Returns:
-            (L, 3) float32 on the device: <g, s>, ||s||^2, ||v||^2 of what is stored.
+            (L, 2) float32 on the device: <g, s>, ||s||^2 of what is stored.
 
         Cost: reads theta, g, anchor, v and writes s, v, anchor once (fp32 weights, bf16
         directions: 22 bytes per weight); two launches.
@@ -169,7 +174,7 @@ class CupyOps:
         _mark_written(step, lag, anchor)
         if gains is not None:
             _mark_written(parameters)
-        return result
+        return result[:, :2]
 
     def apply(
         self,
@@ -177,8 +182,12 @@ class CupyOps:
         basis: Sequence[Sequence[Tensor]],
         coefficients: Tensor,
         scale: float,
+        squares: Sequence[Tensor | None] = (),
+        finite: bool = False,
     ) -> Tensor:
         """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
+
+        The kernels look at every new weight, whatever is known about the old ones.
 
         A direction whose coefficient is exactly zero for a tensor counts as zero there
         and is not read. Inside a graph capture the coefficients must be on the device.

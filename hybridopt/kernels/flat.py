@@ -1,31 +1,47 @@
-"""Shared by the torch backend: packing few weights, sums over any number of them."""
+"""Shared by the torch backend: precisions, vectors, sums over any number of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 __all__ = [
     "dot",
+    "dots",
     "flat",
+    "graphless",
     "groups",
-    "pack",
     "precision_of",
-    "segment_sums",
     "uniform",
     "wide",
     "wide_of",
 ]
 
-_PACK_LIMIT = 1 << 15
-"""Weights up to which packing beats tensor by tensor on a CPU."""
 _GROUP_LIMIT = 1 << 24
 """Weights per group of the foreach way; bounds each temporary to 64 MiB of float32."""
 _DOT_LIMIT = 1 << 30
 """BLAS counts in 32 bits."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def graphless(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.no_grad`` that costs nothing where gradients are off already."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def precision_of(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -52,38 +68,11 @@ def uniform(*lists: Sequence[Tensor]) -> bool:
     return len(kinds) == 1 and kinds <= {torch.float32, torch.float64}
 
 
-def pack(lists: Sequence[Sequence[Tensor]], precision: torch.dtype) -> Tensor | None:
-    """(len(lists), n) matrix of the flattened lists if that is cheaper, else None."""
-    first = lists[0]
-    if len(first) == 0 or first[0].device.type != "cpu":
-        return None
-    total = 0
-    for t in first:
-        total += t.numel()
-    if total > _PACK_LIMIT:
-        return None
-    joined = [t for tensors in lists for t in tensors]
-    for t in joined:
-        if t.dtype != precision:
-            joined = [t.to(precision) for t in joined]
-            break
-    packed: Tensor = _flatten_dense_tensors(joined)  # type: ignore[no-untyped-call]
-    return packed.view(len(lists), total)
-
-
-def segment_sums(products: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """(R, n) products to (L, R) sums over each tensor's columns.
-
-    One sum per tensor, not a cumulative sum or a product with an indicator matrix: NaN
-    in one tensor must not reach the sums of another.
-    """
-    parts = products.split_with_sizes([t.numel() for t in tensors], 1)
-    return torch.stack([p.sum(1) for p in parts])
-
-
 def flat(tensor: Tensor, precision: torch.dtype) -> Tensor:
     """The tensor as a vector of the given precision; a view where possible."""
-    return tensor.reshape(-1).to(precision)
+    if tensor.dim() != 1:
+        tensor = tensor.reshape(-1)
+    return tensor if tensor.dtype is precision else tensor.to(precision)
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
@@ -94,6 +83,11 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
         torch.split(left, _DOT_LIMIT), torch.split(right, _DOT_LIMIT), strict=True
     )
     return torch.stack([torch.dot(a, b) for a, b in parts]).sum()
+
+
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """Inner products of L pairs of flat tensors, as 0-dim tensors."""
+    return list(map(dot, left, right))
 
 
 def groups(tensors: Sequence[Tensor]) -> Iterator[slice]:

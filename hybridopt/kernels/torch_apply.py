@@ -1,4 +1,4 @@
-"""``TorchOps.apply``: three ways to move the weights or to leave all of them alone."""
+"""``TorchOps.apply``: ways to move the weights or to leave all of them alone."""
 
 from __future__ import annotations
 
@@ -8,94 +8,108 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridopt.kernels.flat import dot, groups, segment_sums, wide
+from hybridopt.kernels.flat import dot, flat, groups, wide
 
-__all__ = ["apply_on_device", "apply_on_host", "apply_packed"]
+__all__ = ["apply_on_device", "apply_on_host"]
 
 
-def apply_packed(
-    parameters: Sequence[Tensor], packed: Tensor, factors: Tensor
-) -> Tensor:
-    """``apply`` over one matrix whose row 0 is theta and whose others are the basis."""
-    sizes = [t.numel() for t in parameters]
-    theta, directions = packed[0], packed[1:]
-    spread = factors.t().repeat_interleave(
-        torch.tensor(sizes), dim=1, output_size=theta.numel()
-    )
-    terms = directions * spread
-    if not math.isfinite(terms.sum().item()):
-        # Rare: 0 * inf is NaN, but an unused direction counts as zero.
-        terms = torch.where(spread == 0, 0.0, terms)
-    delta = terms.sum(0)
-    new = theta + delta
-    moved = [
-        m.view(p.shape)
-        for m, p in zip(new.split_with_sizes(sizes), parameters, strict=True)
-    ]
-    squares = segment_sums(delta.square().unsqueeze(0), parameters).flatten()
-    if all(p.dtype == new.dtype for p in parameters):
-        return _commit(parameters, moved, squares, [new])
-    moved = [m.to(p.dtype) for m, p in zip(moved, parameters, strict=True)]
-    return _commit(parameters, moved, squares, moved)
+Row = Sequence[float]
 
 
 def apply_on_host(
-    parameters: Sequence[Tensor], basis: Sequence[Sequence[Tensor]], factors: Tensor
+    parameters: Sequence[Tensor],
+    basis: Sequence[Sequence[Tensor]],
+    rows: Sequence[Row],
+    squares: Sequence[Tensor | None] = (),
+    finite: bool = False,
 ) -> Tensor:
-    """``apply`` tensor by tensor on the CPU; in place where norms prove it safe."""
-    rows = factors.tolist()
-    proved = _apply_in_place(parameters, basis, rows)
+    """``apply`` tensor by tensor on the CPU; in place where norms prove it safe.
+
+    Args:
+        rows: L rows of J factors on the directions.
+        squares: (L,) squared norms per direction, where known.
+        finite: Whether every weight is known to be finite.
+    """
+    proved = _apply_in_place(parameters, basis, rows, squares, finite)
     if proved is not None:
         return proved
-    moved, squares = [], []
+    moved, lengths = [], []
     for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
         delta = _delta(theta, [b[index] for b in basis], row)
-        flat = delta.reshape(-1)
-        squares.append(dot(flat, flat).float())
+        vector = delta.reshape(-1)
+        lengths.append(dot(vector, vector).float())
         moved.append(delta.add_(theta).to(theta.dtype))
-    return _commit(parameters, moved, torch.stack(squares), moved)
+    return _commit(parameters, moved, torch.stack(lengths), moved)
 
 
 _SAFE = 1e37
-"""Magnitude below which float32 sums of two numbers cannot overflow."""
+"""Magnitude below which float32 sums of a few numbers cannot overflow."""
+_ABSORBED = 1e30
+"""Magnitude below which no sum with a finite float32 overflows: less than half a unit
+in the last place of the largest float (1.0e31) is rounded away there."""
 
 
 def _apply_in_place(
     parameters: Sequence[Tensor],
     basis: Sequence[Sequence[Tensor]],
-    rows: Sequence[Sequence[float]],
+    rows: Sequence[Row],
+    squares: Sequence[Tensor | None],
+    finite: bool,
 ) -> Tensor | None:
     """The move without a copy of the weights, or None where that takes a closer look.
 
-    No element exceeds its tensor's norm, so when ||theta|| + |k| ||b|| is far below the
-    largest float, every new weight is finite and nothing has to be computed twice.
+    No element exceeds its tensor's norm. So when ||theta|| + sum |k_j| ||b_j|| is far
+    below the largest float, every new weight is finite and nothing has to be computed
+    twice; where theta is known to be finite, bounded |k_j| ||b_j|| prove it alone.
     Fresh buffers for new weights would cost more than the arithmetic: on a CPU each
     page of them is faulted in anew.
     """
-    chosen: list[tuple[Tensor, Tensor, float]] = []
-    norms: list[Tensor] = []
-    for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
-        used = [(b[index], k) for b, k in zip(basis, row, strict=True) if k != 0]
-        if len(used) > 1 or theta.dtype not in (torch.float32, torch.float64):
-            return None
-        flat = theta.reshape(-1)
-        norms.append(dot(flat, flat))
-        direction, k = used[0] if used else (theta, 0.0)
-        if direction.dtype != theta.dtype:
-            return None
-        along = direction.reshape(-1)
-        norms.append(dot(along, along) if used else flat.new_zeros(()))
-        chosen.append((theta, direction, k))
-    found = torch.stack(norms).double().view(-1, 2)
-    factor = torch.tensor([k for _, _, k in chosen], dtype=torch.float64)
-    squares = factor.square() * found[:, 1]
-    reach = found[:, 0].sqrt() + squares.sqrt()
-    if not bool((reach < _SAFE).all()):  # NaN and inf end here as well
+    if not _in_one_precision(parameters, basis):
         return None
-    for theta, direction, k in chosen:
-        if k != 0:
-            theta.add_(direction, alpha=k)
-    return torch.cat([squares.float(), torch.ones(1)])
+    reaches = [0.0] * len(rows)
+    known = [*squares, *(None,) * (len(basis) - len(squares))]
+    for j, (direction, square) in enumerate(zip(basis, known, strict=True)):
+        factors = [abs(row[j]) for row in rows]
+        if not all([k < _SAFE for k in factors]):
+            return None
+        if any(factors):
+            terms = zip(reaches, factors, _norms(direction, square), strict=True)
+            # 0 * inf is NaN, but an unused direction counts as zero.
+            reaches = [r + k * n if k != 0.0 else r for r, k, n in terms]
+    # NaN and inf fail these comparisons as well.
+    if not all([reach < _ABSORBED for reach in reaches]):
+        return None
+    if not finite and not all([n < _SAFE for n in _norms(parameters, None)]):
+        return None
+    lengths = [reach * reach for reach in reaches]
+    for index, (theta, row) in enumerate(zip(parameters, rows, strict=True)):
+        used = [j for j, k in enumerate(row) if k != 0.0]
+        if len(used) == 1:
+            j = used[0]
+            theta.add_(basis[j][index], alpha=row[j])
+        elif used:
+            delta = _delta(theta, [b[index] for b in basis], row)
+            vector = flat(delta, theta.dtype)
+            lengths[index] = dot(vector, vector).item()
+            theta.add_(delta)
+    return torch.tensor([*lengths, 1.0])
+
+
+def _in_one_precision(
+    parameters: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+) -> bool:
+    kind = parameters[0].dtype
+    return kind in (torch.float32, torch.float64) and all(
+        [t.dtype is kind for tensors in (parameters, *basis) for t in tensors]
+    )
+
+
+def _norms(tensors: Sequence[Tensor], squares: Tensor | None) -> list[float]:
+    """Norm of every tensor, from its square where that is known."""
+    if squares is None:
+        vectors = [flat(t, t.dtype) for t in tensors]
+        squares = torch.stack([dot(v, v) for v in vectors])
+    return [math.sqrt(n) for n in squares.tolist()]
 
 
 def _delta(theta: Tensor, directions: Sequence[Tensor], row: Sequence[float]) -> Tensor:

@@ -1,9 +1,9 @@
 """The reference backend: weight-space arithmetic in plain torch, on any device.
 
-Two ways through each operation. Few weights on the CPU are packed into one flat matrix,
-because there every torch call costs more than its arithmetic. Everything else runs
-tensor by tensor or through ``torch._foreach_*``, in groups that bound the temporaries.
-Nothing here reads a CUDA value on the host.
+Everything runs tensor by tensor or through ``torch._foreach_*``, in groups that bound
+the temporaries. With few weights on the CPU every torch call costs more than its
+arithmetic, so there what is known is not measured again. Nothing here reads a CUDA
+value on the host.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from hybridopt.kernels.flat import (
-    dot,
+    dots,
     flat,
+    graphless,
     groups,
-    pack,
     precision_of,
-    segment_sums,
     uniform,
     wide,
     wide_of,
@@ -27,7 +26,6 @@ from hybridopt.kernels.flat import (
 from hybridopt.kernels.torch_apply import (
     apply_on_device,
     apply_on_host,
-    apply_packed,
 )
 
 __all__ = ["TorchOps"]
@@ -38,15 +36,19 @@ class TorchOps:
 
     name = "torch"
 
-    @torch.no_grad()
+    @graphless
     def observe(
-        self, gradients: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
+        self,
+        gradients: Sequence[Tensor],
+        basis: Sequence[Sequence[Tensor]],
+        squares: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Inner products of the gradient with every basis direction.
 
         Args:
             gradients: L gradients.
             basis: J lists of L directions.
+            squares: J times (L,) ||b_j||^2 that need no measuring, None where they do.
 
         Returns:
             (L, 1 + 2 J) on the device: ||g||^2, <g, b_j> for each j, ||b_j||^2 for
@@ -54,21 +56,20 @@ class TorchOps:
         """
         count, directions = len(gradients), len(basis)
         precision = precision_of(gradients)
-        lists = [gradients, *basis]
-        packed = pack(lists, precision)
-        if packed is not None:
-            products = torch.cat([packed * packed[0], packed[1:].square()])
-            return segment_sums(products, gradients)
         if count == 0:
             return torch.zeros(0, 1 + 2 * directions, dtype=precision)
-        sums: list[Tensor] = []
-        for row in zip(*lists, strict=True):
-            vectors = [flat(t, precision) for t in row]
-            sums += [dot(vectors[0], v) for v in vectors]
-            sums += [dot(v, v) for v in vectors[1:]]
-        return torch.stack(sums).view(count, 1 + 2 * directions)
+        fresh = [flat(g, precision) for g in gradients]
+        known = [*squares, *(None,) * (directions - len(squares))]
+        sums = dots(fresh, fresh)
+        norms: list[Tensor] = []
+        for direction, square in zip(basis, known, strict=True):
+            along = [flat(b, precision) for b in direction]
+            sums += dots(fresh, along)
+            norms.append(torch.stack(dots(along, along)) if square is None else square)
+        columns = [torch.stack(sums), *norms] if norms else [torch.stack(sums)]
+        return torch.cat(columns).view(-1, count).t()
 
-    @torch.no_grad()
+    @graphless
     def advance(
         self,
         parameters: Sequence[Tensor],
@@ -85,12 +86,12 @@ class TorchOps:
         that they describe what is stored.
 
         Returns:
-            (L, 3) on the device: <g, s>, ||s||^2, ||v||^2. float64 if any parameter
-            is, else float32.
+            (L, 2) on the device: <g, s>, ||s||^2. float64 if any parameter is, else
+            float32.
         """
         precision = precision_of(parameters)
         if len(parameters) == 0:
-            return torch.zeros(0, 3, dtype=precision)
+            return torch.zeros(0, 2, dtype=precision)
         for part in groups(parameters):
             thetas, anchors = list(parameters[part]), list(anchor[part])
             steps, lags = list(step[part]), list(lag[part])
@@ -107,15 +108,19 @@ class TorchOps:
                 torch._foreach_mul_(work, beta)
                 torch._foreach_copy_(lags, work)
             torch._foreach_copy_(anchors, thetas)
-        return _advance_sums(gradients, step, lag, precision)
+        moves = [flat(s, precision) for s in step]
+        sums = dots([flat(g, precision) for g in gradients], moves)
+        return torch.stack(sums + dots(moves, moves)).view(2, -1).t()
 
-    @torch.no_grad()
+    @graphless
     def apply(
         self,
         parameters: Sequence[Tensor],
         basis: Sequence[Sequence[Tensor]],
         coefficients: Tensor,
         scale: float,
+        squares: Sequence[Tensor | None] = (),
+        finite: bool = False,
     ) -> Tensor:
         """theta_l += scale * sum_j coefficients[l, j] b_jl, if all of it is finite.
 
@@ -130,37 +135,14 @@ class TorchOps:
         precision = precision_of(parameters)
         if len(parameters) == 0:
             return torch.ones(1)
-        factors = coefficients.detach().to(precision) * scale
-        packed = pack([parameters, *basis], precision)
-        if packed is not None and factors.device.type == "cpu":
-            return apply_packed(parameters, packed, factors)
-        if parameters[0].device.type == "cpu":
-            return apply_on_host(parameters, basis, factors.cpu())
-        return apply_on_device(parameters, basis, factors)
+        if parameters[0].device.type != "cpu":
+            factors = coefficients.detach().to(precision) * scale
+            return apply_on_device(parameters, basis, factors)
+        rows = [[k * scale for k in row] for row in coefficients.tolist()]
+        return apply_on_host(parameters, basis, rows, squares, finite)
 
-    @torch.no_grad()
+    @graphless
     def copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """target_l <- source_l for all l, bit for bit when the dtypes agree."""
         if len(source) != 0:
             torch._foreach_copy_(list(target), list(source))
-
-
-def _advance_sums(
-    gradients: Sequence[Tensor],
-    step: Sequence[Tensor],
-    lag: Sequence[Tensor],
-    precision: torch.dtype,
-) -> Tensor:
-    packed = pack([step, lag, gradients], precision)
-    if packed is not None:
-        products = torch.cat([packed[2:] * packed[0], packed[:2].square()])
-        return segment_sums(products, step)
-    sums: list[Tensor] = []
-    for g, s, v in zip(gradients, step, lag, strict=True):
-        move, filtered = flat(s, precision), flat(v, precision)
-        sums += [
-            dot(flat(g, precision), move),
-            dot(move, move),
-            dot(filtered, filtered),
-        ]
-    return torch.stack(sums).view(len(step), 3)

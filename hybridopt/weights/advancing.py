@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,14 +25,14 @@ def advance(ops: Ops, bucket: Bucket, beta: float) -> Tensor:
         beta,
     )
     _add_to_window(bucket, beta)
-    return sums[:, 0]
+    return _kept(bucket, sums)
 
 
 def advance_low(ops: Ops, bucket: Bucket) -> Tensor:
     """The same without lag and anchor, where s holds the weights before the step."""
     torch._foreach_neg_(bucket.steps)
     torch._foreach_add_(bucket.steps, bucket.parameters)
-    return ops.observe(bucket.gradients, [bucket.steps])[:, 1]
+    return _kept(bucket, ops.observe(bucket.gradients, [bucket.steps])[:, 1:])
 
 
 def advance_moved(
@@ -60,6 +61,16 @@ def advance_moved(
     if sums is None:
         return None
     _add_to_window(bucket, beta)
+    return sums[:, 0]
+
+
+def _kept(bucket: Bucket, sums: Tensor) -> Tensor:
+    """(rows,) <g, s> of (rows, 2) sums; ||s||^2 stays with the bucket on the CPU."""
+    if bucket.on_host:
+        bucket.step_sq = sums[:, 1]
+        # A finite s proves finite weights: theta = anchor + s, element by element, and
+        # what is not finite stays so in a difference.
+        bucket.vouch(math.isfinite(sums[:, 1].sum().item()))
     return sums[:, 0]
 
 

@@ -8,6 +8,7 @@ groups, and replace state when they move or load it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -52,25 +53,73 @@ class Bucket:
     lags: list[Tensor] = field(default_factory=list)
     windows: list[Tensor] = field(default_factory=list)
     drifts: list[Tensor] = field(default_factory=list)
+    step_sq: Tensor | None = None
+    """(rows,) ||s||^2 where it is known since s was written; CPU only."""
+    drift_sq: Tensor | None = None
+    """(rows,) ||d||^2 likewise."""
+    finite_at: list[int] | None = None
+    """Version of every parameter when all its weights were last known to be finite."""
 
     def add(self, row: int, parameter: Tensor, state: dict[str, Tensor] | None) -> None:
         """Take in one parameter and its hybrid tensors."""
         self.rows.append(row)
         self.sources.append(parameter)
-        self.parameters.append(local(parameter))
-        if state is not None:
-            self.anchors.append(local(state[ANCHOR]))
-            self.steps.append(local(state[STEP_KEY]))
-            if LAG_KEY in state:
-                self.lags.append(local(state[LAG_KEY]))
-            if DRIFT_KEY in state:
-                self.windows.append(local(state[WINDOW_KEY]))
-                self.drifts.append(local(state[DRIFT_KEY]))
+        keys = () if state is None else [k for k in KEYS if k in state]
+        held = {k: local(state[k]) for k in keys} if state is not None else {}
+        found = local(parameter)
+        if _flattens(found, held):
+            # Small tensors cost calls, not arithmetic: views are made once, not daily.
+            found = found.detach().view(-1)
+            held = {key: tensor.detach().view(-1) for key, tensor in held.items()}
+        self.parameters.append(found)
+        for key, part in (
+            (ANCHOR, self.anchors),
+            (STEP_KEY, self.steps),
+            (LAG_KEY, self.lags),
+            (WINDOW_KEY, self.windows),
+            (DRIFT_KEY, self.drifts),
+        ):
+            if key in held:
+                part.append(held[key])
 
     @property
     def basis(self) -> list[list[Tensor]]:
         """The directions in column order: STEP, then DRIFT."""
         return [part for part in (self.steps, self.drifts) if part]
+
+    @property
+    def basis_sq(self) -> list[Tensor | None]:
+        """Squared norms of the directions in column order; None where unknown."""
+        parts = ((self.steps, self.step_sq), (self.drifts, self.drift_sq))
+        return [squares for part, squares in parts if part]
+
+    def remember(self, values: Tensor) -> None:
+        """Keep the norms in one result of ``Ops.observe``, until they are written."""
+        directions = len(self.basis)
+        norms = values[:, 1 + directions :].unbind(1)
+        self.step_sq = norms[0] if self.steps else None
+        self.drift_sq = norms[1] if self.drifts else None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether sums of these tensors can be looked at without waiting."""
+        return self.parameters[0].device.type == "cpu"
+
+    def shaped(self, place: int, tensor: Tensor) -> Tensor:
+        """A tensor of this bucket in the shape of its parameter."""
+        return tensor.view(local(self.sources[place]).shape)
+
+    # -- are the weights finite? ----------------------------------------------------
+
+    def vouch(self, finite: bool) -> None:
+        """Remember that all weights are finite now, or that this is not known."""
+        self.finite_at = [p._version for p in self.parameters] if finite else None
+
+    @property
+    def vouched(self) -> bool:
+        """Whether all weights are known to be finite: nobody has written them since."""
+        seen = self.finite_at
+        return seen is not None and seen == [p._version for p in self.parameters]
 
     def read_gradients(self) -> None:
         """Fetch the gradients of this step.
@@ -89,7 +138,19 @@ class Bucket:
                     "sparse; predicted moves need dense gradients. Use "
                     "nn.Embedding(sparse=False), or enabled=False."
                 )
-        self.gradients = [local(g) for g in gradients if g is not None]
+        self.gradients = [
+            local(g) if p.dim() != 1 else local(g).reshape(-1)
+            for g, p in zip(gradients, self.parameters, strict=True)
+            if g is not None
+        ]
+
+
+def _flattens(parameter: Tensor, held: dict[str, Tensor]) -> bool:
+    """Whether all of them can be seen as vectors in the same order, on the CPU."""
+    return all(
+        t.device.type == "cpu" and t.is_contiguous()
+        for t in (parameter, *held.values())
+    )
 
 
 class BucketTable:
@@ -101,6 +162,7 @@ class BucketTable:
         self._parameters: list[Tensor] = []
         self._present: list[bool] = []
         self._states: list[Any] = []
+        self._pointers: list[int] = []
         self._buckets: list[Bucket] = []
 
     def refresh(self) -> None:
@@ -133,10 +195,18 @@ class BucketTable:
     def _valid(
         self, parameters: list[Tensor], present: list[bool], states: list[Any]
     ) -> bool:
-        if len(parameters) != len(self._parameters) or present != self._present:
+        if len(parameters) != len(self._parameters):
             return False
-        same = all(a is b for a, b in zip(parameters, self._parameters, strict=True))
-        return same and all(a is b for a, b in zip(states, self._states, strict=True))
+        # A predicted step has no gradients at all; who is with whom then means nothing.
+        if present != self._present and any(present):
+            return False
+        same = all(map(is_, parameters, self._parameters))
+        # ``p.data = other`` keeps the parameter and leaves views of the old memory.
+        return (
+            same
+            and all(map(is_, states, self._states))
+            and [local(p).data_ptr() for p in parameters] == self._pointers
+        )
 
     def _build(
         self, parameters: list[Tensor], present: list[bool], states: list[Any]
@@ -157,3 +227,4 @@ class BucketTable:
         self._buckets = list(found.values())
         self._parameters = list(parameters) if plain else []
         self._present, self._states = present, states
+        self._pointers = [local(p).data_ptr() for p in parameters] if plain else []

@@ -45,6 +45,7 @@ class PendingReading:
         self._blocks: list[tuple[list[int], Tensor]] = []
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._host: list[Tensor] | None = None
+        self._fused = False
         self._events: list[torch.cuda.Event] = []
 
     def add_statistics(self, rows: list[int], values: Tensor) -> None:
@@ -70,17 +71,29 @@ class PendingReading:
 
     def send(self) -> None:
         """Start the transfers; device work queued from here on does not delay them."""
-        self._host = []
-        for tensor in self._parts():
-            if tensor.device.type == "cpu":
-                self._host.append(tensor)
-                continue
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            target.copy_(tensor, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(tensor.device))
-            self._events.append(event)
-            self._host.append(target)
+        parts = [values for _, values in self._blocks]
+        parts += [values for _, values in self._slopes]
+        if isinstance(self._loss, Tensor):
+            parts.append(self._loss.detach())
+        if all(t.device.type == "cpu" for t in parts):
+            self._host = parts
+            return
+        # What is on one GPU travels as one tensor.
+        self._fused = all(t.device == parts[0].device for t in parts)
+        if self._fused:
+            wide = max((t.dtype for t in parts), key=lambda d: d.itemsize)
+            parts = [torch.cat([t.reshape(-1).to(wide) for t in parts])]
+        self._host = [self._start(tensor) for tensor in parts]
+
+    def _start(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        target.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(tensor.device))
+        self._events.append(event)
+        return target
 
     def wait(self) -> Reading:
         """The numbers, once they have arrived."""
@@ -90,61 +103,49 @@ class PendingReading:
             # Asking costs less than waiting, even for what has long been there.
             if not event.query():  # type: ignore[no-untyped-call]
                 event.synchronize()
-        host = [t.double() for t in self._host or []]
-        statistics = torch.zeros(self._size, 1 + 2 * BASIS_SIZE, dtype=torch.float64)
-        slopes = torch.zeros(self._size, dtype=torch.float64)
-        cursor = 0
-        if self._fused():
-            flat, offset = host[0], 0
-            for rows, values in self._blocks:
-                block = flat[offset : offset + values.numel()].view(len(rows), -1)
-                _scatter(statistics, rows, block)
-                offset += values.numel()
-            for rows, values in self._slopes:
-                slopes[rows] = -flat[offset : offset + values.numel()]
-                offset += values.numel()
-            loss = float(flat[-1]) if isinstance(self._loss, Tensor) else self._plain()
-            return Reading(statistics, loss, slopes)
-        for rows, values in self._blocks:
-            _scatter(statistics, rows, host[cursor].view(values.shape))
-            cursor += 1
-        for rows, _ in self._slopes:
-            slopes[rows] = -host[cursor]
-            cursor += 1
-        loss = float(host[cursor]) if isinstance(self._loss, Tensor) else self._plain()
-        return Reading(statistics, loss, slopes)
+        host = self._split() if self._fused else list(self._host or [])
+        loss = self._plain()
+        if isinstance(self._loss, Tensor):
+            loss = float(host.pop())
+        count = len(self._blocks)
+        shape = (self._size, 1 + 2 * BASIS_SIZE)
+        blocks = [(r, h) for (r, _), h in zip(self._blocks, host[:count], strict=True)]
+        slopes = [(r, h) for (r, _), h in zip(self._slopes, host[count:], strict=True)]
+        if len(blocks) == 1 and blocks[0][1].shape == shape:
+            statistics = blocks[0][1].double()
+        else:
+            statistics = torch.zeros(shape, dtype=torch.float64)
+            for rows, block in blocks:
+                _scatter(statistics, rows, block.double())
+        if len(slopes) == 1 and len(slopes[0][0]) == self._size:
+            return Reading(statistics, loss, slopes[0][1].double().neg())
+        falls = torch.zeros(self._size, dtype=torch.float64)
+        for rows, values in slopes:
+            falls[rows] = -values.double()
+        return Reading(statistics, loss, falls)
+
+    def _split(self) -> list[Tensor]:
+        """The parts of what travelled as one tensor."""
+        assert self._host is not None
+        values = [values for _, values in (*self._blocks, *self._slopes)]
+        sizes = [v.numel() for v in values]
+        if isinstance(self._loss, Tensor):
+            sizes.append(1)
+        pieces = self._host[0].split_with_sizes(sizes)
+        shaped = [p.view(v.shape) for p, v in zip(pieces, values, strict=False)]
+        return [*shaped, *pieces[len(values) :]]
 
     def _plain(self) -> float:
         return float("nan") if self._loss is None else float(self._loss)
-
-    def _tensors(self) -> list[Tensor]:
-        parts = [values for _, values in self._blocks]
-        parts += [values for _, values in self._slopes]
-        if isinstance(self._loss, Tensor):
-            parts.append(self._loss)
-        return parts
-
-    def _fused(self) -> bool:
-        """Whether everything is on one GPU and travels as one tensor."""
-        parts = self._tensors()
-        return bool(parts) and all(
-            t.device == parts[0].device and t.device.type == "cuda" for t in parts
-        )
-
-    def _parts(self) -> list[Tensor]:
-        parts = self._tensors()
-        if not self._fused():
-            return parts
-        wide = max((t.dtype for t in parts), key=lambda d: d.itemsize)
-        return [torch.cat([t.reshape(-1).to(wide) for t in parts])]
 
 
 def _scatter(statistics: Tensor, rows: list[int], block: Tensor) -> None:
     """Write a bucket's rows; a reading with fewer directions leaves zeros."""
     directions = (block.shape[1] - 1) // 2
-    if directions == BASIS_SIZE and len(rows) == len(statistics):
-        statistics.copy_(block)
-        return
-    columns = [0, *range(1, 1 + directions)]
-    columns += [1 + BASIS_SIZE + j for j in range(directions)]
-    statistics[torch.tensor(rows).unsqueeze(1), torch.tensor(columns)] = block
+    places: slice | list[int] = rows
+    if len(rows) == len(statistics):
+        places = slice(None)
+    first = 1 + BASIS_SIZE
+    statistics[places, : 1 + directions] = block[:, : 1 + directions]
+    if directions:
+        statistics[places, first : first + directions] = block[:, 1 + directions :]

@@ -31,7 +31,7 @@ class PairMemory:
         count: Pairs in memory.
         head: Slot that the next pair is written to; the oldest one's once full.
 
-    Memory: 2 (m + 1) n in the parameters' dtype and m^2 in float64.
+    Memory: 2 (m + 1) n in the parameters' dtype and 4 m^2 in float64.
     """
 
     def __init__(
@@ -44,10 +44,13 @@ class PairMemory:
         self._y = torch.zeros(capacity, size, dtype=dtype, device=device)
         # Sums over the stored pairs of s^2 and y^2, per weight.
         self._squares = torch.zeros(2, size, dtype=dtype, device=device)
-        # Entry (i, j) is s_i . y_j in slot order, valid where j is not older than i.
+        # Entry (i, j) is s_i . y_j, oldest pair first, valid where j is not older than
+        # i. The pairs' block slides down the diagonal of a matrix of twice their
+        # number, so that dropping the oldest moves nothing; at its end it goes back.
         self._products = torch.zeros(
-            capacity, capacity, dtype=torch.float64, device=device
+            2 * capacity, 2 * capacity, dtype=torch.float64, device=device
         )
+        self._first = 0
 
     @property
     def size(self) -> int:
@@ -82,14 +85,41 @@ class PairMemory:
         torch.mul(y, scale, out=self._y[slot])
         self._squares[0].addcmul_(self._s[slot], self._s[slot])
         self._squares[1].addcmul_(self._y[slot], self._y[slot])
+        full = self.count == self.capacity
         self.count = min(self.count + 1, self.capacity)
         self.head = (slot + 1) % self.capacity
-        self._products[: self.count, slot] = self._s[: self.count] @ self._y[slot]
+        if full:
+            self._drop_oldest()
+        column = self._aged(self._s[: self.count] @ self._y[slot])
+        end = self._first + self.count
+        self._products[self._first : end, end - 1] = column
         if self.head == 0:
             # Subtracting pairs leaves rounding behind: start afresh once per round.
             torch.sum(self._s * self._s, 0, out=self._squares[0])
             torch.sum(self._y * self._y, 0, out=self._squares[1])
         return True
+
+    @property
+    def products(self) -> Tensor:
+        """(k, k) view of s_i . y_j, oldest pair first; the upper triangle is valid."""
+        block = slice(self._first, self._first + self.count)
+        return self._products[block, block]
+
+    def _drop_oldest(self) -> None:
+        """Make room for one more row and column of products."""
+        if self._first + self.capacity < 2 * self.capacity:
+            self._first += 1
+            return
+        kept = slice(self._first + 1, 2 * self.capacity)
+        block = self._products[kept, kept].clone()
+        self._first, count = 0, self.capacity - 1
+        self._products[:count, :count] = block
+
+    def _aged(self, values: Tensor) -> Tensor:
+        """(k,) by slot to (k,) by age, oldest first."""
+        if self.count < self.capacity or self.head == 0:
+            return values
+        return torch.cat((values[self.head :], values[: self.head]))
 
     def diagonal(self, scale: Tensor) -> Tensor:
         """A diagonal estimate of the inverse Hessian, up to a common factor.
@@ -136,29 +166,30 @@ class PairMemory:
         k = self.count
         S, Y = self._s[:k], self._y[:k]
         newest = self._y[(self.head - 1) % self.capacity]
-        slot = (self.head - 1) % self.capacity
-        gamma = boost * self._products[slot, slot] / (newest @ (scale * newest))
-        shift = -self.head if k == self.capacity else 0
-        R = self._products[:k, :k]
-        if shift:
-            R = R.roll((shift, shift), (0, 1))
-        R = R.triu()
-        right = (S @ gradient).double().roll(shift).unsqueeze(1)
+        # Only its upper triangle is read.
+        R = self.products
+        diagonal = R.diagonal()
+        gamma = boost * diagonal[-1] / (newest @ (scale * newest))
+        right = self._aged(S @ gradient).double().unsqueeze(1)
         a = torch.linalg.solve_triangular(R, right, upper=True)
-        q = torch.addmv(gradient, Y.T, self._slots(a, shift), alpha=-1.0)
+        q = torch.addmv(gradient, Y.T, self._slots(a), alpha=-1.0)
         r = q.mul_(scale).mul_(gamma.to(q.dtype))
-        right = R.diagonal().unsqueeze(1) * a
-        right = right - (Y @ r).double().roll(shift).unsqueeze(1)
+        right = diagonal.unsqueeze(1) * a
+        right -= self._aged(Y @ r).double().unsqueeze(1)
         d = torch.linalg.solve_triangular(R.T, right, upper=False)
-        return torch.addmv(r, S.T, self._slots(d, shift))
+        return torch.addmv(r, S.T, self._slots(d))
 
-    def _slots(self, values: Tensor, shift: int) -> Tensor:
+    def _slots(self, values: Tensor) -> Tensor:
         """(k, 1) float64 by age back to (k,) by slot, in the vectors' dtype."""
-        return values.squeeze(1).roll(-shift).to(self._s.dtype)
+        flat = values.squeeze(1).to(self._s.dtype)
+        if self.count < self.capacity or self.head == 0:
+            return flat
+        split = self.count - self.head
+        return torch.cat((flat[split:], flat[:split]))
 
     def clear(self) -> None:
         """Forget every pair; the buffers stay."""
-        self.count = self.head = 0
+        self.count = self.head = self._first = 0
         self._squares.zero_()
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +200,7 @@ class PairMemory:
             "head": self.head,
             "s": self._s[:k].clone(),
             "y": self._y[:k].clone(),
-            "products": self._products[:k, :k].clone(),
+            "products": self.products.clone(),
             "squares": self._squares.clone(),
         }
 
@@ -192,6 +223,7 @@ class PairMemory:
                 "the model and configuration that the checkpoint was saved with."
             )
         self._s[:k], self._y[:k] = s, y
+        self._first = 0
         self._products[:k, :k] = products
         self._squares.copy_(state["squares"])
         self.count, self.head = k, head

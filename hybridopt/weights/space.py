@@ -19,13 +19,13 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import Ops
+from hybridopt.weights import directions
 from hybridopt.weights.advancing import (
     advance,
     advance_low,
     advance_moved,
     copy_across,
 )
-from hybridopt.weights.averaging import averaged
 from hybridopt.weights.buckets import (
     ANCHOR,
     DRIFT_KEY,
@@ -36,6 +36,7 @@ from hybridopt.weights.buckets import (
     Bucket,
     BucketTable,
 )
+from hybridopt.weights.lag import DozingLag, averaged
 from hybridopt.weights.local import local, shard_numel
 from hybridopt.weights.reading import PendingReading
 
@@ -70,19 +71,26 @@ class WeightSpace:
         self._copied: torch.cuda.Event | None = None
         """When the anchor is complete in host memory."""
         self._slopes: list[tuple[list[int], Tensor]] = []
+        self._lag = DozingLag(self.beta)
+        self._listed: list[Tensor] | None = None
         self._table = BucketTable(base)
 
     def refresh(self) -> None:
         """Look parameters, gradients and state up anew; call once per step."""
+        self._listed = None
         self._table.refresh()
 
     # -- what there is -------------------------------------------------------------
 
     def parameters(self) -> list[Tensor]:
-        """Every trainable parameter in group order; L is the length of this list."""
-        return [
-            p for g in self.base.param_groups for p in g["params"] if p.requires_grad
-        ]
+        """Every trainable parameter in group order; L is the length of this list.
+
+        Not to be changed: it is kept until the next ``refresh``.
+        """
+        if self._listed is None:
+            groups = self.base.param_groups
+            self._listed = [p for g in groups for p in g["params"] if p.requires_grad]
+        return self._listed
 
     def _tracked(self, parameter: Tensor) -> bool:
         # ``in`` first: reading the state of an unknown parameter would insert it.
@@ -164,7 +172,9 @@ class WeightSpace:
                 for part in (bucket.steps, bucket.lags, bucket.windows, bucket.drifts):
                     if part:
                         torch._foreach_zero_(part)
+                bucket.step_sq = bucket.drift_sq = None
         self._slopes = []
+        self._lag.steps = 0
         self.anchored = False
         self.moved = False
         self._owed = False
@@ -191,16 +201,28 @@ class WeightSpace:
 
     # -- one real step -------------------------------------------------------------
 
-    def observe(self, loss: Tensor | float | None) -> PendingReading:
+    def observe(
+        self, loss: Tensor | float | None, norms_only: bool = False
+    ) -> PendingReading:
         """Measure gradient against basis, on the device; ``wait`` brings the numbers.
 
         Reads everything, writes nothing.
+
+        Args:
+            norms_only: Measure ||g||^2 alone; the rest of the reading is zero.
         """
         buckets = self._all()
         reading = PendingReading(sum(len(b.rows) for b in buckets), loss)
         for bucket in buckets:
-            if bucket.gradients:
-                values = self.ops.observe(bucket.gradients, bucket.basis)
+            if bucket.gradients and norms_only:
+                values = self.ops.observe(bucket.gradients, [])
+                reading.add_statistics(bucket.rows, values)
+            elif bucket.gradients:
+                values = self.ops.observe(
+                    bucket.gradients, bucket.basis, bucket.basis_sq
+                )
+                if bucket.on_host:
+                    bucket.remember(values)
                 reading.add_statistics(bucket.rows, values)
         for rows, slopes in self._slopes:
             reading.add_slopes(rows, slopes)
@@ -208,6 +230,9 @@ class WeightSpace:
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
+        if self._lag.steps:
+            self._catch_up()
+            self.anchored = True
         for bucket in self._tracked_buckets():
             if self.low_memory:
                 self.ops.copy(bucket.parameters, bucket.steps)
@@ -235,18 +260,42 @@ class WeightSpace:
             if not bucket.gradients:
                 # Nothing moved these; they keep no displacement.
                 torch._foreach_zero_(bucket.steps)
+                bucket.step_sq = None
                 if not self.low_memory:
                     self.ops.copy(bucket.parameters, bucket.anchors)
                 continue
             if self.low_memory:
-                dots = advance_low(self.ops, bucket)
+                slopes = advance_low(self.ops, bucket)
             else:
-                dots = advance(self.ops, bucket, self.beta)
-            self._slopes.append((bucket.rows, dots))
+                slopes = advance(self.ops, bucket, self.beta)
+            self._slopes.append((bucket.rows, slopes))
         self.anchored = True
         self.moved = False
         self._owed = self.low_memory
         return made is not None
+
+    # -- one real step asleep --------------------------------------------------------
+
+    @property
+    def can_doze(self) -> bool:
+        """Whether no move has to be taken back and the anchor starts the lag's way."""
+        return not self.moved and (self.anchored or self._lag.steps > 0)
+
+    def doze(self) -> None:
+        """Instead of ``before_base`` and ``after_base``, while nobody needs directions.
+
+        Only the EMA goes on, and once in a few steps at that.
+        """
+        self._slopes = []
+        self._lag.steps += 1
+        self.anchored = self._lag.due
+        if self.anchored:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Take the steps that were slept through into the lag, and set the anchor."""
+        self._lag.catch_up(self._tracked_buckets(), self.ops)
+        self._owed = self.low_memory
 
     def turn_window(self) -> None:
         """D <- D, D <- 0: the window's displacement becomes the drift direction."""
@@ -254,6 +303,7 @@ class WeightSpace:
             if bucket.windows:
                 torch._foreach_copy_(bucket.drifts, bucket.windows)
                 torch._foreach_zero_(bucket.windows)
+                bucket.drift_sq = None
 
     def restart_window(self) -> None:
         """D <- 0: begin a window here, without a move."""
@@ -295,15 +345,21 @@ class WeightSpace:
         if kept:
             self.keep_anchor()
         for bucket in buckets:
-            columns = len(bucket.basis)
-            chosen = coefficients[:, :columns]
+            basis = bucket.basis
+            chosen = coefficients[:, : len(basis)]
             if len(bucket.rows) != len(coefficients):
                 chosen = chosen[bucket.rows]
-            verdicts.append(
-                self.ops.apply(
-                    bucket.parameters, bucket.basis, chosen.to(torch.float32), scale
-                )[-1]
-            )
+            written = self.ops.apply(
+                bucket.parameters,
+                basis,
+                chosen.to(torch.float32),
+                scale,
+                bucket.basis_sq,
+                bucket.vouched,
+            )[-1]
+            if bucket.on_host:
+                bucket.vouch(bool(written))
+            verdicts.append(written)
         self.moved = self.moved or kept
         if len(verdicts) == 1 and verdicts[0].device.type != "cpu":
             # The kernel has already refused a bad move on the device; waiting for
@@ -313,34 +369,16 @@ class WeightSpace:
 
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """sum_j coefficients[l, j] b_jl for every tracked tensor, as new tensors."""
-        found: dict[int, Tensor] = {}
-        for bucket in self._tracked_buckets():
-            for place, row in enumerate(bucket.rows):
-                parts = [
-                    float(coefficients[row, column]) * direction[place].float()
-                    for column, direction in enumerate(bucket.basis)
-                ]
-                found[row] = torch.stack(parts).sum(0)
-        return [found[row] for row in sorted(found)]
+        return directions.combine(self._tracked_buckets(), coefficients)
 
     def displacements(self) -> list[Tensor]:
         """S of every tracked tensor, in row order; not copies."""
-        found: dict[int, Tensor] = {}
-        for bucket in self._tracked_buckets():
-            found.update(zip(bucket.rows, bucket.steps, strict=True))
-        return [found[row] for row in sorted(found)]
+        return directions.displacements(self._tracked_buckets())
 
     def add(self, tensors: list[Tensor]) -> None:
         """theta_l += tensor_l for every tracked tensor, in row order."""
         self.keep_anchor()
-        rows = sorted(row for b in self._tracked_buckets() for row in b.rows)
-        place = {row: index for index, row in enumerate(rows)}
-        for bucket in self._tracked_buckets():
-            parts = [
-                tensors[place[row]].to(p.device, p.dtype)
-                for row, p in zip(bucket.rows, bucket.parameters, strict=True)
-            ]
-            torch._foreach_add_(bucket.parameters, parts)
+        directions.add(self._tracked_buckets(), tensors)
         self.moved = True
 
     def roll_back(self) -> None:
@@ -361,7 +399,7 @@ class WeightSpace:
             yield
             return
         self.refresh()
-        with averaged(self.ops, self._tracked_buckets()):
+        with averaged(self._tracked_buckets(), self._lag, self.ops):
             yield
 
     # -- state -----------------------------------------------------------------------
@@ -375,6 +413,7 @@ class WeightSpace:
             "anchored": self.anchored,
             "moved": self.moved,
             "owed": self._owed,
+            "dozed": self._lag.steps,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -383,6 +422,7 @@ class WeightSpace:
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
         self._owed = bool(state.get("owed", False))
+        self._lag.steps = int(state.get("dozed", 0))
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))

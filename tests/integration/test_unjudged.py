@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridopt import HybridPredictOptimizer, Phase
-from hybridopt.config import RSSM, DriftConfig, FixedHorizon, Prior, ResidualConfig
+from hybridopt.config import (
+    RSSM,
+    DriftConfig,
+    FixedHorizon,
+    GainConfig,
+    Prior,
+    ResidualConfig,
+)
 from hybridopt.errors import RecoveryAction
 from hybridopt.kernels.torch_ops import TorchOps
 from hybridopt.run import Components
@@ -35,13 +42,17 @@ FUSED = {
 }
 
 
+SLOW = GainConfig(maximum=16.0, boost=0.0, eager=0.0)
+"""Gains that leave time for moves that consume no steps."""
+
+
 def _build(problem, name="adamw", skips_on=("cpu",), components=None, **overrides):
     parts = components or {}
     return HybridPredictOptimizer(
         FUSED[name](list(problem.model.parameters())),
         model=problem.model,
         components=Components(skips_on=skips_on, **parts),
-        **{"predictor": Prior(), "warmup_steps": 6, **overrides},
+        **{"predictor": Prior(), "gain": SLOW, "warmup_steps": 6, **overrides},
     )
 
 

@@ -74,8 +74,7 @@ def test_parity_advance(ops, kernels_only, params, grads, basis):
         assert torch.equal(anchor[i], theta[i])
         close(s[i], want_s[i], step_tolerance(basis))
         close(v[i], want_v[i], step_tolerance(basis))
-    close(sums[:, :2], twin.observe(g, [s])[:, 1:], 1e-5)
-    close(sums[:, 2], twin.observe(v, [])[:, 0], 1e-5)
+    close(sums, twin.observe(g, [s])[:, 1:], 1e-5)
 
 
 @pytest.mark.parametrize("params", twin.FLOATS)

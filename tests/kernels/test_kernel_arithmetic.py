@@ -186,7 +186,7 @@ def test_kernels_take_misaligned_views_and_equal_strides(ops):
 def test_kernels_take_nothing(ops, lists):
     count = len(lists)
     assert torch.equal(ops.observe(lists, [lists]), torch.zeros(count, 3))
-    assert torch.equal(ops.advance(*[lists] * 5, 0.9), torch.zeros(count, 3))
+    assert torch.equal(ops.advance(*[lists] * 5, 0.9), torch.zeros(count, 2))
     result = ops.apply(lists, [lists], torch.ones(count, 1), 1.0)
     assert result.tolist() == [0.0] * count + [1.0]
     ops.copy(lists, lists)

@@ -20,11 +20,10 @@ DTYPES = st.lists(st.sampled_from(twin.FLOATS), min_size=1, max_size=3)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["packed", "listed"])
+@pytest.fixture(params=["whole", "in parts"])
 def way(request, monkeypatch):
-    """Both ways through every operation: one packed matrix, or tensor by tensor."""
-    if request.param == "listed":
-        monkeypatch.setattr(flat, "_PACK_LIMIT", -1)
+    """Both ways through every operation: all at once, or in bounded parts."""
+    if request.param == "in parts":
         monkeypatch.setattr(flat, "_GROUP_LIMIT", 40)
         monkeypatch.setattr(flat, "_DOT_LIMIT", 16)
     return request.param
@@ -83,7 +82,7 @@ def test_observe_shows_a_bad_value_in_its_own_row_only(way, bad):
 
 def test_observe_and_advance_and_apply_take_no_tensors():
     assert OPS.observe([], [[], []]).shape == (0, 5)
-    assert OPS.advance([], [], [], [], [], 0.9).shape == (0, 3)
+    assert OPS.advance([], [], [], [], [], 0.9).shape == (0, 2)
     assert OPS.apply([], [[]], torch.zeros(0, 1), 1.0).tolist() == [1.0]
     OPS.copy([], [])
 
@@ -108,14 +107,13 @@ def test_advance_equals_the_twin(shapes, dtypes, stored, beta):
         close(s[i], want_s[i], TOLERANCE[stored])
         close(v[i], want_v[i], TOLERANCE[stored])
     rounded = twin.observe(g, [s])[:, 1:]
-    close(sums[:, :2], rounded, 1e-5)
-    close(sums[:, 2], twin.observe(v, [])[:, 0], 1e-5)
+    close(sums, rounded, 1e-5)
 
 
 def test_advance_both_ways_write_the_same_bits(monkeypatch):
     results = []
-    for limit in (1 << 15, -1):
-        monkeypatch.setattr(flat, "_PACK_LIMIT", limit)
+    for limit in (1 << 24, 40):
+        monkeypatch.setattr(flat, "_GROUP_LIMIT", limit)
         lists = [twin.tensors(twin.SHAPES, [torch.float32], i) for i in range(5)]
         theta, g, anchor, s, v = lists
         OPS.advance(theta, g, anchor, s, v, 0.97)
@@ -201,6 +199,42 @@ def test_apply_counts_a_direction_without_coefficient_as_zero(way):
     result = OPS.apply(theta, basis, torch.tensor([[2.0, 0.0]]), 0.5)
     assert result.tolist() == [1.0, 1.0]
     assert theta[0].tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan, 3e38])
+def test_apply_of_absurd_factors_is_refused_where_it_reaches_a_weight(factor):
+    theta, empty = [torch.ones(3)], [torch.ones(0)]
+    factors = torch.tensor([[factor]])
+    assert OPS.apply(empty, [[torch.ones(0)]], factors, 2.0)[-1] == 1.0
+    assert OPS.apply(theta, [[torch.ones(3)]], factors, 2.0)[-1] == 0.0
+    assert torch.equal(theta[0], torch.ones(3))
+
+
+def test_apply_takes_what_is_known_and_moves_alike():
+    start = twin.tensors(twin.SHAPES, [torch.float32], 1)
+    basis = [twin.tensors(twin.SHAPES, [torch.float32], j) for j in (2, 3)]
+    coefficients = torch.rand(len(start), 2)
+    coefficients[::2, 1] = 0.0
+    squares = list(OPS.observe(start, basis)[:, 3:].unbind(1))
+    results = []
+    for known in ((), squares, (None, squares[1])):
+        for finite in (False, True):
+            theta = [t.clone() for t in start]
+            sums = OPS.apply(theta, basis, coefficients, 0.5, known, finite)
+            results.append((theta, sums))
+    for theta, sums in results[1:]:
+        assert all(map(torch.equal, theta, results[0][0]))
+        assert torch.equal(sums, results[0][1])
+
+
+def test_observe_returns_known_norms_as_they_are():
+    g = twin.tensors(twin.SHAPES, [torch.float32], 1)
+    basis = [twin.tensors(twin.SHAPES, [torch.float32], j) for j in (2, 3)]
+    measured = OPS.observe(g, basis)
+    known = torch.arange(float(len(g)))
+    found = OPS.observe(g, basis, [None, known])
+    assert torch.equal(found[:, :4], measured[:, :4])
+    assert torch.equal(found[:, 4], known)
 
 
 def test_apply_without_directions_still_judges_the_weights(way):

@@ -1,9 +1,9 @@
-"""What closures and models are asked for."""
+"""Buffers of a module, listed as the module would."""
 
 import torch
 from torch import nn
 
-from hybridopt.closure import buffers_of
+from hybridopt.weights.module_buffers import list_buffers
 
 
 def test_buffers_come_in_the_order_of_the_model_each_once():
@@ -14,6 +14,6 @@ def test_buffers_come_in_the_order_of_the_model_each_once():
     model.register_buffer("none", None)
     inner[1].register_buffer("again", model.own)
     model["c"].register_buffer("scratch", torch.zeros(1), persistent=False)
-    ours, want = buffers_of(model), list(model.buffers())
+    ours, want = list_buffers(model), list(model.buffers())
     assert len(ours) == len(want) == 11
     assert all(a is b for a, b in zip(ours, want, strict=True))
