@@ -1,7 +1,7 @@
 """Judges each observation before any weight moves, and rations rollbacks.
 
-Readings of all signals become one level and one action. Trouble behind a predicted
-move takes the move back; trouble without one is the base optimizer's own, so only a
+Readings of all signals become one level and one action. Trouble that a predicted move
+can have caused takes the move back; any other is the base optimizer's own, so only a
 step with NaN or inf is kept from it.
 """
 
@@ -13,13 +13,17 @@ from typing import Any
 
 from hybridopt.config import HybridConfig
 from hybridopt.errors import CheckpointError, ConfigError, RecoveryAction
+from hybridopt.guard.blame import is_to_blame
 from hybridopt.guard.signals import NonFinite, default_signals, is_finite
 from hybridopt.guard.state import expect_count, expect_keys, mismatch
+from hybridopt.history import RunningMoments
 from hybridopt.protocols import Signal
 from hybridopt.types import Level, Observation, Verdict
 
 __all__ = ["DivergenceMonitor"]
 
+LOSS_MEMORY = 0.9
+"""Decay per real step of the mean loss that excess is counted from."""
 MAX_DOUBLINGS = 30
 """Doublings of the pause after which it stays as it is; longer than any run."""
 
@@ -57,6 +61,7 @@ class DivergenceMonitor:
             )
         self.signals = chosen
         self._fresh = {s.name: copy.deepcopy(s.state_dict()) for s in chosen}
+        self._usual = RunningMoments(LOSS_MEMORY)
         self._absorbed = 0
         self._rollbacks: list[int] = []
         self._cooldown = 0
@@ -73,7 +78,8 @@ class DivergenceMonitor:
         Returns:
             The worst level and its action: caution shortens the horizon, a warning
             returns to full training, critical rolls back. Without a move to take back,
-            NaN and inf skip the step and other critical readings change nothing.
+            NaN and inf skip the step and other critical readings change nothing; nor do
+            they behind a move that is not to blame (``is_to_blame``).
         """
         due = self._absorbed % self.config.check_interval_steps == 0
         readings = [
@@ -85,13 +91,17 @@ class DivergenceMonitor:
             (r for r in readings if r.level > Level.OK), key=lambda r: -r.level
         )
         level = bad[0].level if bad else Level.OK
-        action = _action(level, can_roll_back, is_finite(observation))
+        finite = is_finite(observation)
+        if level is Level.CRITICAL and can_roll_back and finite:
+            can_roll_back = is_to_blame(observation, self._usual.mean)
+        action = _action(level, can_roll_back, finite)
         return Verdict(level, action, tuple(bad))
 
     def absorb(self, observation: Observation) -> None:
         """Add an accepted observation, one whose step was made, to what is normal."""
         for signal in self.signals:
             signal.absorb(observation)
+        self._usual.add(observation.loss)
         self._absorbed += 1
 
     def rolled_back(self, step: int) -> bool:
@@ -129,6 +139,7 @@ class DivergenceMonitor:
         """Signals by name, and the counters."""
         return {
             "signals": {s.name: s.state_dict() for s in self.signals},
+            "usual": self._usual.state_dict(),
             "absorbed": self._absorbed,
             "rollbacks": list(self._rollbacks),
             "cooldown": self._cooldown,
@@ -144,7 +155,8 @@ class DivergenceMonitor:
         """
         owner = type(self).__name__
         keys = ("absorbed", "rollbacks", "cooldown", "paused_until", "pauses")
-        expect_keys(owner, state, ("signals", *keys))
+        expect_keys(owner, state, ("signals", "usual", *keys))
+        expect_keys(owner, state["usual"], tuple(self._usual.state_dict()))
         expect_keys(owner, state["signals"], tuple(s.name for s in self.signals))
         if not isinstance(state["rollbacks"], list):
             raise mismatch(owner, "rollbacks: must be a list of steps")
@@ -153,6 +165,7 @@ class DivergenceMonitor:
             expect_count(owner, k, state[k]) for k in keys if k != "rollbacks"
         )
         self._load_signals(state["signals"])
+        self._usual.load_state_dict(state["usual"])
         self._absorbed = absorbed
         self._rollbacks = rollbacks
         self._cooldown = cooldown

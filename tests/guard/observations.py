@@ -17,7 +17,9 @@ def observation(
     expected_loss: float = float("nan"),
     expected_loss_sigma: float = float("nan"),
 ) -> Observation:
-    """One real step of a model with a single tensor."""
+    """One real step of a model with a single tensor, behind a move so steep that it can
+    have caused anything.
+    """
     return Observation(
         step=step,
         loss=loss,
@@ -28,5 +30,5 @@ def observation(
         basis_sq=torch.zeros(1, BASIS_SIZE, dtype=torch.float64),
         learning_rate=0.1,
         lr_ratio=1.0,
-        move=move(loss=expected_loss, loss_sigma=expected_loss_sigma),
+        move=move(loss=expected_loss, loss_sigma=expected_loss_sigma, slope=1e9),
     )
