@@ -52,6 +52,9 @@ class WindowGains:
         """Real steps in the current window."""
         self.turned = False
         """Whether the window was turned since the last observation."""
+        self.windows = 0
+        """Windows turned. Behind the first nothing moves: it holds the start of a
+        training, which goes where the rest does not."""
         self._dots, self._gradients, self._direction = empty, empty, empty
         self._made = False
         self._late = False  # an observation from before the turn came behind it
@@ -99,9 +102,11 @@ class WindowGains:
         """
         if not self.full or self._late:
             return None
-        self.turned = True
-        self._made = moving
-        return self.gains if moving else torch.zeros_like(self.gains)
+        if not self.turned:
+            self.turned = True
+            self.windows += 1
+        self._made = moving and self.windows > 1
+        return self.gains if self._made else torch.zeros_like(self.gains)
 
     def shrink(self) -> None:
         """After a rollback: a quarter of every gain."""
@@ -116,6 +121,7 @@ class WindowGains:
         return {
             "gains": self.gains.clone(),
             "count": self.count,
+            "windows": self.windows,
             "turned": self.turned,
             "made": self._made,
             "late": self._late,
@@ -130,6 +136,6 @@ class WindowGains:
         self._dots = tensor_like(state, "dots", self._dots)
         self._gradients = tensor_like(state, "gradients", self._gradients)
         self._direction = tensor_like(state, "direction", self._direction)
-        self.count = int(state["count"])
+        self.count, self.windows = int(state["count"]), int(state["windows"])
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
         self._late = bool(state.get("late", False))
