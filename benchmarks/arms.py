@@ -29,7 +29,7 @@ class Setup:
     """Scheduled steps, N."""
     lr: float
     schedule: Schedule
-    base: Literal["adamw", "adam", "muon"] = "adamw"
+    base: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
     weight_decay: float = 0.01
 
     @property
@@ -42,8 +42,13 @@ class Setup:
         if self.base == "muon":
             return peers.MuonAdamW(model, self.lr, weight_decay=self.weight_decay)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.base == "adam":
-            return torch.optim.Adam(parameters, lr=self.lr)
+        match self.base:
+            case "adam":
+                return torch.optim.Adam(parameters, lr=self.lr)
+            case "sgd":
+                return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9)
+            case "rmsprop":
+                return torch.optim.RMSprop(parameters, lr=self.lr)
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
@@ -232,6 +237,12 @@ def _ablation(kind: str) -> Any:
         case "frozen gains":
             # Gains stay at their first value: a fixed extrapolation of each step.
             return config.GainConfig(rate=0.0)
+        case "no relaxation":
+            return config.GainConfig(relaxation=0.0)
+        case "no headroom":
+            return config.GainConfig(boost=0.0, eager=0.0)
+        case "at most 16":
+            return config.GainConfig(maximum=16.0)
         case "no gains":
             return config.GainConfig(rate=0.0, initial=0.0, minimum=0.0)
         case "every 4 phases":
@@ -282,6 +293,9 @@ ABLATIONS = (
     _hybrid_arm("validated", "validation_interval", "every 4 phases"),
     _hybrid_arm("no-gains", "gain", "no gains"),
     _hybrid_arm("frozen-gains", "gain", "frozen gains"),
+    _hybrid_arm("no-relaxation", "gain", "no relaxation"),
+    _hybrid_arm("no-headroom", "gain", "no headroom"),
+    _hybrid_arm("gain-16", "gain", "at most 16"),
     _hybrid_arm("no-drift", "drift", "no drift"),
     _hybrid_arm("no-secant", "secant", "no secant"),
     _moments_arm("shrink"),

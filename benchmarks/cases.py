@@ -17,9 +17,11 @@ BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Lengths of the bare base's runs, in the case's own scheduled steps."""
 
 Family = Literal[
+    "fine-tuning, 1e-5",
     "fine-tuning, conservative",
     "fine-tuning, 1e-4",
     "fine-tuning, 3e-4",
+    "fine-tuning, 1e-3",
     "fine-tuning, tuned",
     "smooth, default rate",
     "smooth, tuned rate",
@@ -27,6 +29,7 @@ Family = Literal[
     "stochastic, tuned",
     "controls",
     "controls, scarce data",
+    "any base, any rate",
     "other bases",
 ]
 Maker = Callable[[Setting], Any]
@@ -48,7 +51,7 @@ class Case:
     steps: dict[Scale, int]
     """N, scheduled steps of the case."""
     schedule: Schedule = "linear"
-    base: Literal["adamw", "adam", "muon"] = "adamw"
+    base: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
     mode: Literal["schedule", "target"] = "schedule"
     """schedule: judged on the curve of base runs of several lengths; target: by the
     cost to reach the loss that the base has after N steps at a constant rate."""
@@ -122,23 +125,35 @@ def _smooth(setting: Setting, *, name: str) -> Any:
 
 
 _GPT_TUNED: Rates = {"quick": 3e-3, "full": 2e-3, "gpu": 1e-3}
+_FINETUNE_TUNED: Rates = {"quick": 6e-3, "full": 2e-3, "gpu": 1e-3}
 _FINETUNE_STEPS: dict[Scale, int] = {"quick": 400, "full": 400, "gpu": 400}
 _MINILM_LORA_TUNED: Rates = {"quick": 5e-3, "full": 3e-3, "gpu": 2e-3}
-_LORA_TUNED: Rates = {"quick": 1e-2, "full": 1e-2, "gpu": 3e-3}
+_LORA_TUNED: Rates = {"quick": 2e-2, "full": 1e-2, "gpu": 3e-3}
 _MINILM_STEPS: dict[Scale, int] = {"quick": 48, "full": 200, "gpu": 400}
 _GPT_MS = (14.0, 90.0, 15.0)
 _MINILM_MS = (330.0, 900.0, 20.0)
-_RATED: tuple[tuple[str, Family, float | None, float], ...] = (
+Rated = tuple[str, Family, float | None, float]
+_RATED: tuple[Rated, ...] = (
     ("3e-5", "fine-tuning, conservative", 3e-5, 0.25),
     ("1e-4", "fine-tuning, 1e-4", 1e-4, 0.25),
     ("3e-4", "fine-tuning, 3e-4", 3e-4, 0.5),
     ("tuned", "fine-tuning, tuned", None, 1.0),
 )
+_SWEPT: tuple[Rated, ...] = (
+    ("1e-5", "fine-tuning, 1e-5", 1e-5, 0.25),
+    ("1e-3", "fine-tuning, 1e-3", 1e-3, 1.0),
+)
+"""The ends of the sweep over rates; between them are the classes with targets."""
 
 
 def _finetuning() -> list[Case]:
     def rated(
-        name: str, make: Maker, tuned: Rates, steps: dict[Scale, int], **more: Any
+        name: str,
+        make: Maker,
+        tuned: Rates,
+        steps: dict[Scale, int],
+        labels: tuple[Rated, ...] = _RATED,
+        **more: Any,
     ) -> list[Case]:
         return [
             Case(
@@ -151,7 +166,7 @@ def _finetuning() -> list[Case]:
                 headline=headline,
                 **more,
             )
-            for label, family, rate, headline in _RATED
+            for label, family, rate, headline in labels
         ]
 
     minilm = partial(_module, module="minilm")
@@ -162,7 +177,8 @@ def _finetuning() -> list[Case]:
     lora: dict[str, Any] = {"step_ms": (150.0, 500.0, 20.0)}
     large: dict[str, Any] = {"step_ms": (0.0, 0.0, 40.0), "scales": ("gpu",)}
     return [
-        *rated("finetune", _finetune, _GPT_TUNED, _FINETUNE_STEPS, **gpt),
+        *rated("finetune", _finetune, _FINETUNE_TUNED, _FINETUNE_STEPS, **gpt),
+        *rated("finetune", _finetune, _FINETUNE_TUNED, _FINETUNE_STEPS, _SWEPT, **gpt),
         *rated("lora", _lora, _LORA_TUNED, _FINETUNE_STEPS, **gpt),
         *rated("minilm", minilm, _same(2e-4), _MINILM_STEPS, **lm),
         *rated("minilm-lora", adapters, _MINILM_LORA_TUNED, _MINILM_STEPS, **lora),
@@ -221,12 +237,12 @@ def _stochastic() -> list[Case]:
         Case("pretrain-wsd", family, _pretrain, rates, rates, gpt, "wsd", **text),
         Case("pretrain-cosine", family, _pretrain, rates, rates, gpt, "cosine", **text),
         Case(
-            "convnet", family, convnet, _same(1e-2), _same(1e-2), conv, "cosine",
-            step_ms=(4.0, 15.0, 4.0),
+            "convnet", family, convnet, _same(1e-1), _same(1e-1), conv, "cosine",
+            step_ms=(12.0, 30.0, 4.0),
         ),
         Case(
-            "tabular", family, tabular, _same(5e-3), _same(5e-3), table, "cosine",
-            step_ms=(0.7, 2.0, 3.0),
+            "tabular", family, tabular, _same(1e-2), _same(1e-2), table, "cosine",
+            step_ms=(8.0, 8.0, 3.0),
         ),
         Case(
             "pretrain-124m", family, big, _same(6e-4), _same(6e-4), gpt, "wsd",
@@ -247,7 +263,21 @@ def _stochastic() -> list[Case]:
         "pretrain-muon", "other bases", _pretrain, muon, muon, gpt, "wsd", "muon",
         step_ms=(16.0, 100.0, 20.0),
     )  # fmt: skip
-    return [*tuned, *low, other]
+    swept = [
+        Case(
+            f"{task}-{base}-{rate:g}", "any base, any rate", make, _same(rate),
+            _same(rate), steps, "cosine", base, step_ms=(ms, ms, 4.0),
+        )
+        for task, make, steps, ms, base, rate in (
+            ("convnet", convnet, conv, 12.0, "sgd", 3e-2),
+            ("convnet", convnet, conv, 12.0, "sgd", 3e-1),
+            ("convnet", convnet, conv, 12.0, "rmsprop", 3e-3),
+            ("convnet", convnet, conv, 12.0, "adam", 3e-2),
+            ("tabular", tabular, table, 8.0, "sgd", 1e-1),
+            ("tabular", tabular, table, 8.0, "adam", 3e-2),
+        )
+    ]  # fmt: skip
+    return [*tuned, *low, other, *swept]  # type: ignore[list-item]
 
 
 def _controls() -> list[Case]:

@@ -46,7 +46,7 @@ def make_digits(setting: Setting) -> BatchTask[Pair]:
 def _task(split: Split, setting: Setting, batch: int) -> BatchTask[Pair]:
     x, y, held_x, held_y = (t.to(setting.device) for t in split)
     order = EpochOrder(len(x), batch, setting.seed)
-    width = {"quick": 8, "full": 16, "gpu": 32}[setting.scale]
+    width = {"quick": 16, "full": 24, "gpu": 32}[setting.scale]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         model = network(width, pools=x.shape[-1] >= 16).to(setting.device)

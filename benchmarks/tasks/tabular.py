@@ -37,7 +37,7 @@ def make(setting: Setting) -> BatchTask[Pair]:
     """Regression of the standardized log price; every fifth stone is held out."""
     x, y = (t.to(setting.device) for t in diamonds(_source(setting.data)))
     held = torch.arange(len(x), device=x.device) % 5 == 0
-    width = {"quick": 64, "full": 128, "gpu": 256}[setting.scale]
+    width = {"quick": 256, "full": 256, "gpu": 512}[setting.scale]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         model = nn.Sequential(
@@ -50,7 +50,7 @@ def make(setting: Setting) -> BatchTask[Pair]:
             nn.Linear(width, 1),
         ).to(setting.device)
     train_x, train_y, held_x, held_y = x[~held], y[~held], x[held], y[held]
-    order = EpochOrder(len(train_x), 256, setting.seed)
+    order = EpochOrder(len(train_x), min(512, len(train_x)), setting.seed)
 
     def rows(index: int) -> Pair:
         chosen = order(index).to(x.device)
