@@ -16,7 +16,7 @@ from hybridopt import correcting
 from hybridopt.pending import Pending
 from hybridopt.run import Run
 from hybridopt.telemetry import events
-from hybridopt.types import BASIS_SIZE, Mover, Observation, Verdict
+from hybridopt.types import BASIS_SIZE, Extent, Mover, Observation, Verdict
 
 __all__ = [
     "advance",
@@ -66,25 +66,26 @@ def digest(run: Run, taken: Pending) -> Observation:
         # Behind a step that was skipped on the device, NaN gradients stand against no
         # displacement.
         slopes=slopes.nan_to_num(0.0, 0.0, 0.0),
+        partial=taken.extent is not Extent.WHOLE or not taken.anchored,
         move=taken.move,
         before_turn=taken.before_turn,
     )
 
 
-def learn(run: Run, observation: Observation, anchored: bool) -> None:
+def learn(run: Run, observation: Observation) -> None:
     """Let every learner take in an accepted observation.
 
-    Args:
-        run: Changed.
-        observation: What the step measured.
-        anchored: Whether it had a displacement to measure along.
+    Observations without a displacement to measure along say something about the drift
+    only, and only where drift windows go on without one.
     """
     correcting.learn(run, observation)
     outcome = run.controller.outcome(observation, rolled_back=False)
     if outcome is not None and observation.move is not None:
         run.controller.learn(observation.move, outcome)
         run.predictor.feedback(outcome)
-    if anchored and not run.controller.asleep:
+    controller = run.controller
+    useful = not observation.partial or (controller.sleep_steps and controller.coasting)
+    if useful and not controller.sleeps_deeply:
         run.predictor.observe(observation)
     if math.isfinite(observation.loss):
         if math.isfinite(observation.expected_loss):
@@ -103,9 +104,9 @@ def advance(run: Run, observation: Observation, *, planned: bool = False) -> Non
         planned: Whether a Predict phase has begun behind the step already.
     """
     controller = run.controller
-    slept = controller.asleep
+    slept = controller.sleeps_deeply
     controller.advance_real(observation, planned=planned)
-    if slept and not controller.asleep:
+    if slept and not controller.sleeps_deeply:
         # The window went on filling in the sleep; what it holds is no window's drift.
         run.space.restart_window()
     run.monitor.real_step()
@@ -132,7 +133,7 @@ def settle(run: Run) -> tuple[Observation, Verdict] | None:
         run.counters.real_steps -= 1
         count_skip(run, observation, verdict)
         return None
-    learn(run, observation, taken.anchored)
+    learn(run, observation)
     advance(run, observation, planned=run.controller.plan.horizon > 0)
     return observation, verdict
 

@@ -15,6 +15,7 @@ from hybridopt.run import Run
 from hybridopt.types import (
     DRIFT,
     STEP,
+    Extent,
     Forecast,
     Move,
     Mover,
@@ -50,7 +51,7 @@ def take_base_step(
     skip: Tensor | None = None,
     gains: Tensor | None = None,
     *,
-    dozes: bool = False,
+    extent: Extent = Extent.WHOLE,
 ) -> bool:
     """The base's own step, with displacement and drift taken in around it.
 
@@ -60,13 +61,14 @@ def take_base_step(
         skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
             which read it on the device under the name that GradScaler uses.
         gains: (L,) of a move along s to make in the same pass, if that can be done.
-        dozes: Nobody needs displacement or drift; and with no move to come, no buffers
-            either.
+        extent: If not whole, nobody needs the displacement; and with no move to come,
+            no buffers either.
 
     Returns:
         Whether that move was made.
     """
     ready, made = run.space.ready, False
+    dozes = extent is not Extent.WHOLE
     if ready and not dozes:
         run.space.before_base()
     started = time.perf_counter()
@@ -80,7 +82,7 @@ def take_base_step(
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
     if dozes:
-        run.space.doze()
+        run.space.doze(windows=extent is Extent.DRIFT)
     elif ready:
         made = run.space.after_base(gains)
     if not run.space.complete():

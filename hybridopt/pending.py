@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridopt.types import Move, Observation, StepRecord, Verdict
+from hybridopt.types import Extent, Move, Observation, StepRecord, Verdict
 from hybridopt.weights.reading import PendingReading, Reading
 
 __all__ = ["Pending"]
@@ -30,8 +30,8 @@ class Pending:
     """(L,) learning rates of the step."""
     anchored: bool
     """Whether there was a displacement to measure the gradient against."""
-    dozes: bool = False
-    """Whether nothing but the gradient norm was measured."""
+    extent: Extent = Extent.WHOLE
+    """How much of it was measured."""
     move: Move | None = None
     """The move behind the real step before, which this one measures."""
     before_turn: bool = False
@@ -58,6 +58,7 @@ class Pending:
             "has_loss": self.has_loss,
             "rates": self.rates,
             "anchored": self.anchored,
+            "extent": self.extent.value,
             "move": None if self.move is None else self.move.as_state(),
             "before_turn": self.before_turn,
         }
@@ -76,6 +77,7 @@ class Pending:
             has_loss=bool(state["has_loss"]),
             rates=state["rates"],
             anchored=bool(state["anchored"]),
+            extent=Extent(state["extent"]),
             move=None if state["move"] is None else Move(**state["move"]),
             before_turn=bool(state["before_turn"]),
         )

@@ -37,6 +37,7 @@ from hybridopt.telemetry import events
 from hybridopt.types import (
     BASIS_SIZE,
     STEP,
+    Extent,
     Level,
     Mover,
     Observation,
@@ -78,14 +79,14 @@ def real_step(
     """
     run.space.refresh()
     run.settle()
-    dozes = run.controller.dozes and run.space.can_doze
+    extent = run.controller.extent if run.space.can_doze else Extent.WHOLE
     taken = Pending(
         step=run.counters.steps,
-        reading=run.space.observe(loss, dozes),
+        reading=run.space.observe(loss, extent),
         has_loss=loss is not None,
         rates=run.rates(),
-        anchored=run.space.anchored,
-        dozes=dozes,
+        anchored=run.space.anchored and run.space.stepped,
+        extent=extent,
     )
     # Steps that a Predict phase consumed can be taken back here, if the host judges
     # before the base steps. A rate that is no number is kept from the base likewise.
@@ -101,7 +102,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     """The host waits for the numbers and judges before the base steps."""
     observation = digest(run, taken)
     verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
-    newton = quasi_newton.before_base(run, observation, taken.dozes)
+    newton = quasi_newton.before_base(run, observation, taken.extent)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
@@ -110,9 +111,10 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
         run.mark_consumed()
         return _skip(run, observation, verdict)
     expected = correcting.expected_displacement(run, taken.move)
-    learn(run, observation, taken.anchored)
+    learn(run, observation)
     run.controller.move = None
-    take_base_step(run, step_base, dozes=taken.dozes and not newton.engaged)
+    extent = Extent.WHOLE if newton.engaged else taken.extent
+    take_base_step(run, step_base, extent=extent)
     correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     advance(run, observation)
@@ -152,7 +154,7 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     planned = Planned()
     if before is not None:
         planned = plan_move(run, *before, taken.rates)
-    made = take_base_step(run, step_base, flag, planned.gains, dozes=taken.dozes)
+    made = take_base_step(run, step_base, flag, planned.gains, extent=taken.extent)
     run.pending = taken
     run.counters.real_steps += 1
     mover = begin_move(run, planned, made=made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridopt.run import Run
-from hybridopt.types import Observation
+from hybridopt.types import Extent, Observation
 from hybridopt.weights.flat import (
     add_flat_,
     flatten,
@@ -34,11 +34,14 @@ class Newton:
     """Its pending move made the loss worse or not finite."""
 
 
-def before_base(run: Run, observation: Observation, dozes: bool = False) -> Newton:
+def before_base(
+    run: Run, observation: Observation, extent: Extent = Extent.WHOLE
+) -> Newton:
     """Judge the pending move and record position and gradient; writes no weight.
 
     Args:
-        dozes: The run is asleep, which a loss that is not smooth does not change.
+        extent: Less than whole in a sleep, which a loss that is not smooth does not
+            change.
     """
     mover = run.secant
     if mover is None or run.secant_off:
@@ -48,7 +51,7 @@ def before_base(run: Run, observation: Observation, dozes: bool = False) -> Newt
         # decay that the user asked for.
         mover.abandon()
         return Newton(quiet=True)
-    if dozes and not run.noise.is_low:
+    if extent is not Extent.WHOLE and not run.noise.is_low:
         mover.abandon()
         return Newton(quiet=True)
     judged = mover.pending

@@ -20,6 +20,7 @@ __all__ = [
     "BASIS_SIZE",
     "DRIFT",
     "STEP",
+    "Extent",
     "Forecast",
     "Level",
     "Move",
@@ -62,6 +63,17 @@ class Mover(enum.Enum):
     """Per-tensor gains on the last step's displacement and on the filtered drift."""
     SECANT = "secant"
     """Quasi-Newton move from free secant pairs; low-noise problems only."""
+
+
+class Extent(enum.Enum):
+    """How much of a real step is measured and taken in; less where less is needed."""
+
+    WHOLE = "whole"
+    DRIFT = "drift"
+    """Coasting: the gradient's norm and its product with the drift, while one-step
+    moves are worth nothing but drift moves are."""
+    NORM = "norm"
+    """Asleep: the gradient's norm alone."""
 
 
 class Level(enum.IntEnum):
@@ -161,6 +173,8 @@ class Observation:
     slopes: Tensor | None = None
     """(L,) -<g, s> of the base step before, by the gradient that made it; None on
     validations."""
+    partial: bool = False
+    """Whether the STEP column was not measured; it is zero or stale then."""
     move: Move | None = None
     """What was moved since the previous real step, and what was expected of it; the
     ``dots`` measure it. None where only the base moved."""
@@ -213,6 +227,8 @@ class Forecast:
     turns_window: bool = False
     """Whether a drift window ends here: its displacement becomes the DRIFT direction,
     and the coefficients are meant for it."""
+    turns_in: int = 0
+    """Real steps behind this one until the drift window turns; 0 without drift."""
     drift_gain: float = 0.0
     """Mean gain on the drift direction, whether or not it moves now."""
     latent: Tensor | None = None

@@ -16,6 +16,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.protocols import HorizonPolicy
 from hybridopt.types import (
     STEP,
+    Extent,
     Forecast,
     Level,
     Move,
@@ -44,11 +45,14 @@ IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 60
 """Real steps in a row with idle moves before the optimizer goes to sleep."""
+COASTING_IDLE_STEPS = 30
+"""The same before it coasts, which gives up less."""
 WAKING_STEPS = 2
 """Last steps of a sleep at which weight space works again: when the sleep ends, a plan
 needs the base's newest displacement and the slopes of the one before."""
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
+LONGEST_COASTING_STEPS = 256
 
 
 class Controller:
@@ -63,7 +67,10 @@ class Controller:
         self.move: Move | None = None
         """The move behind the last real step, until an observation carries it."""
         self.sleep_steps = 0
-        """Real steps left to sleep; asleep, only the base works."""
+        """Real steps left to sleep or to coast."""
+        self.coasting = False
+        """Whether the sleep is a light one, in which drift windows go on."""
+        self._turns_in = 0
         self._sleep_length = FIRST_SLEEP_STEPS
         self._idle_steps = 0
         self._since_predict = 0
@@ -74,15 +81,31 @@ class Controller:
 
     @property
     def asleep(self) -> bool:
-        """Whether prediction has not paid lately and only the base works."""
-        return self.sleep_steps > 0
+        """Whether no move is planned, because none has paid lately. Coasting, plans
+        are made when a drift window is about to turn.
+        """
+        return self.sleep_steps > 0 and not (self.coasting and self._turning)
 
     @property
-    def dozes(self) -> bool:
-        """Whether nobody needs more of this real step than its loss and gradient norm:
-        asleep, not about to wake up, and no move to measure.
+    def sleeps_deeply(self) -> bool:
+        """Whether nothing is learned either."""
+        return self.sleep_steps > 0 and not self.coasting
+
+    @property
+    def extent(self) -> Extent:
+        """What is needed of this real step: all of it unless asleep or coasting, not
+        about to wake up or to turn the window, and with no move to measure.
         """
-        return self.sleep_steps > WAKING_STEPS and self.move is None
+        if self.sleep_steps <= WAKING_STEPS or self.move is not None:
+            return Extent.WHOLE
+        if not self.coasting:
+            return Extent.NORM
+        return Extent.WHOLE if self._turning else Extent.DRIFT
+
+    @property
+    def _turning(self) -> bool:
+        # One more than to wake up: plans may be made one real step late.
+        return self._turns_in <= WAKING_STEPS + 1
 
     def lr_ratio(self, rate: float) -> float:
         """This real step's learning rate over the previous one's; 1 at first."""
@@ -141,6 +164,7 @@ class Controller:
         self.real_steps += 1
         if self.sleep_steps:
             self.sleep_steps -= 1
+        self._turns_in = max(self._turns_in - 1, 0)
         if not self.warm and self.real_steps >= self.config.warmup_steps and not rising:
             self.warm = True
         if not planned:
@@ -166,6 +190,7 @@ class Controller:
         if not (self.warm and allowed) or self.asleep:
             return None
         self._caution = verdict.level >= Level.CAUTION
+        self._turns_in = forecast.turns_in
         lower = forecast.progress_lower
         if math.isfinite(lower):
             self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
@@ -248,16 +273,21 @@ class Controller:
 
     def _watch_idleness(self, forecast: Forecast) -> None:
         """Go to sleep, longer each time, when moves are worth nothing for long."""
-        drifts = forecast.drift_gain >= IDLE_DRIFT
-        if forecast.progress >= IDLE_PROGRESS or drifts:
+        if forecast.progress >= IDLE_PROGRESS:
             self._idle_steps = 0
             self._sleep_length = FIRST_SLEEP_STEPS
             return
+        if self.sleep_steps:
+            return  # a plan made while coasting says nothing new
         self._idle_steps += 1
-        if self._idle_steps >= IDLE_STEPS:
-            self._idle_steps = IDLE_STEPS // 2  # a shorter probe after each sleep
-            self.sleep_steps = self._sleep_length
-            self._sleep_length = min(2 * self._sleep_length, LONGEST_SLEEP_STEPS)
+        drifts = forecast.drift_gain >= IDLE_DRIFT
+        patience = COASTING_IDLE_STEPS if drifts else IDLE_STEPS
+        if self._idle_steps >= patience:
+            longest = LONGEST_COASTING_STEPS if drifts else LONGEST_SLEEP_STEPS
+            self._idle_steps = patience // 2  # a shorter probe after each sleep
+            self.coasting = drifts
+            self.sleep_steps = min(self._sleep_length, longest)
+            self._sleep_length = min(2 * self._sleep_length, longest)
 
     def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
         """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
@@ -280,6 +310,8 @@ class Controller:
         "real_steps",
         "warm",
         "sleep_steps",
+        "coasting",
+        "_turns_in",
         "_sleep_length",
         "_idle_steps",
         "_since_predict",

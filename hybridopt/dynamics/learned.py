@@ -90,7 +90,13 @@ class LearnedPredictor:
     # -- Predictor -----------------------------------------------------------------
 
     def observe(self, observation: Observation) -> None:
-        """Learn from one accepted real step."""
+        """Learn from one accepted real step; a partial one breaks the sequence."""
+        if observation.partial:
+            self.prior.coast(observation)
+            if self._seen is not None:
+                self.model.restart()
+            self._seen = self._code = self._applied = None
+            return
         alignment = alignments(observation)
         surprise = self.prior.surprise(alignment)
         self.prior.absorb(observation, alignment)

@@ -62,7 +62,10 @@ class PriorPredictor:
     # -- Predictor -----------------------------------------------------------------
 
     def observe(self, observation: Observation) -> None:
-        """Learn from one accepted real step."""
+        """Learn from one accepted real step; from a partial one, about drift only."""
+        if observation.partial:
+            self.coast(observation)
+            return
         self.absorb(observation, alignments(observation))
         self.grow(observation.lr_ratio)
 
@@ -121,6 +124,15 @@ class PriorPredictor:
         self.window.absorb(observation)
         self.trend.add(observation.loss)
 
+    def coast(self, observation: Observation) -> None:
+        """Take in a real step of which only the drift was measured."""
+        self.efficiency.skip()
+        self.honesty.skip()
+        self.window.absorb(observation)
+        self.trend.add(observation.loss)
+        if self.moving:
+            self.window.grow()
+
     def grow(self, lr_ratio: float, significance: Tensor | None = None) -> None:
         """Move the gains, by the prior's own t-values unless others are given.
 
@@ -178,6 +190,7 @@ class PriorPredictor:
             loss=worth.loss,
             loss_sigma=worth.loss_sigma,
             turns_window=drift is not None,
+            turns_in=self.window.turns_in,
             drift_gain=float(self.window.gains.mean()) if self.window.enabled else 0.0,
             latent=latent,
         )

@@ -211,6 +211,10 @@ class Honesty:
             return True
         return self._excess.mean >= self.DOUBT * self._excess.standard_error
 
+    def skip(self) -> None:
+        """A step along which no slope was measured: the next loss starts anew."""
+        self._loss = math.nan
+
     def add(self, loss: float, promised: float) -> None:
         """Take in a real step.
 

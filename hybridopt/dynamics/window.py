@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ SHARPNESS = 5.0
 """Slope of the squashed alignment; a cosine of 0.2 already counts as strong."""
 ROLLBACK_FACTOR = 0.25
 FADE = 0.7
+DOUBT = -0.3
+RETREAT = 0.4
+"""Below ``DOUBT`` standard errors of the cosines' mean over tensors, all gains shrink
+by this factor per window: where there is a drift to follow the mean is positive window
+by window, and where there is none a wrong direction costs more than a right one wins.
+"""
 
 
 class WindowGains:
@@ -27,6 +34,8 @@ class WindowGains:
 
         cos = -sum <g, d> / sqrt(sum ||g||^2 ||d||^2)
         a <- clip(a exp(eta tanh(5 cos)), minimum, maximum).
+
+    Where the mean of cos over tensors is negative, every gain falls to at most 0.4 a.
 
     Running dots need no gradient buffer; the mean gradient's own norm is replaced by
     the root of the summed squares, which is what it is when noise dominates.
@@ -64,6 +73,14 @@ class WindowGains:
         """Whether the window has all its steps."""
         return self.enabled and self.count >= self._config.window_steps
 
+    @property
+    def turns_in(self) -> int:
+        """Real steps until the window turns; 0 without drift."""
+        if not self.enabled:
+            return 0
+        steps = self._config.window_steps
+        return steps if self.turned else max(steps - self.count, 0)
+
     def absorb(self, observation: Observation) -> None:
         """Take in one real step; after a turn it opens the next window."""
         if not self.enabled:
@@ -89,6 +106,8 @@ class WindowGains:
         norm = (self._gradients * self._direction).sqrt().clamp_min(1e-300)
         cosine = (self._dots / norm).nan_to_num(0.0, 0.0, 0.0)
         factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
+        if _significance(cosine) < DOUBT:
+            factor = factor.clamp_max(RETREAT)
         self.gains = (self.gains * factor).clamp(
             self._config.minimum, self._config.maximum
         )
@@ -139,3 +158,12 @@ class WindowGains:
         self.count, self.windows = int(state["count"]), int(state["windows"])
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
         self._late = bool(state.get("late", False))
+
+
+def _significance(cosine: Tensor) -> float:
+    """Mean of (L,) cosines over its standard error; the mean's sign where L is 1."""
+    mean = float(cosine.mean()) if cosine.numel() else 0.0
+    if cosine.numel() < 2:
+        return math.copysign(1.0, mean) if mean else 0.0
+    error = float(cosine.std()) / math.sqrt(cosine.numel())
+    return mean / (error + 1e-12)

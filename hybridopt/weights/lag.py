@@ -32,6 +32,9 @@ class DozingLag:
         self.beta = beta
         self.steps = 0
         """k, sleeping steps since the anchor was set."""
+        self.windows = False
+        """Whether the drift window goes on too: D += the EMA's displacement, which is
+        that of theta less the change of the lag."""
 
     @property
     def due(self) -> bool:
@@ -50,10 +53,16 @@ class DozingLag:
         kept, taken = self._rates()
         for bucket in buckets:
             if bucket.lags:
-                lists = (bucket.parameters, bucket.anchors, bucket.steps, bucket.lags)
-                for theta, anchor, way, lag in zip(*lists, strict=True):
+                lists = (bucket.parameters, bucket.anchors, bucket.steps)
+                for theta, anchor, way in zip(*lists, strict=True):
                     torch.sub(theta, anchor, out=way)
+                if self.windows:
+                    torch._foreach_add_(bucket.windows, bucket.lags)
+                    torch._foreach_add_(bucket.windows, bucket.steps)
+                for way, lag in zip(bucket.steps, bucket.lags, strict=True):
                     lag.mul_(kept).add_(way, alpha=taken)
+                if self.windows:
+                    torch._foreach_sub_(bucket.windows, bucket.lags)
                 bucket.step_sq = None
                 ops.copy(bucket.parameters, bucket.anchors)
         self.steps = 0

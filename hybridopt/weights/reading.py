@@ -46,11 +46,19 @@ class PendingReading:
         self._slopes: list[tuple[list[int], Tensor]] = []
         self._host: list[Tensor] | None = None
         self._fused = False
+        self._first = 0
         self._events: list[torch.cuda.Event] = []
 
-    def add_statistics(self, rows: list[int], values: Tensor) -> None:
-        """Take in one bucket's (rows, 1 + 2 j) statistics, on its device."""
+    def add_statistics(self, rows: list[int], values: Tensor, first: int = 0) -> None:
+        """Take in one bucket's (rows, 1 + 2 j) statistics, on its device.
+
+        Args:
+            rows: Of its tensors.
+            values: ||g||^2, <g, b> and ||b||^2 of the directions from ``first`` on.
+            first: Column of the first direction; the ones before it are zero.
+        """
         self._blocks.append((rows, values))
+        self._first = first
 
     def add_slopes(self, rows: list[int], values: Tensor) -> None:
         """Take in (rows,) inner products <g, s> of the step before, on their device."""
@@ -116,7 +124,7 @@ class PendingReading:
         else:
             statistics = torch.zeros(shape, dtype=torch.float64)
             for rows, block in blocks:
-                _scatter(statistics, rows, block.double())
+                _scatter(statistics, rows, block.double(), self._first)
         if len(slopes) == 1 and len(slopes[0][0]) == self._size:
             return Reading(statistics, loss, slopes[0][1].double().neg())
         falls = torch.zeros(self._size, dtype=torch.float64)
@@ -139,13 +147,16 @@ class PendingReading:
         return float("nan") if self._loss is None else float(self._loss)
 
 
-def _scatter(statistics: Tensor, rows: list[int], block: Tensor) -> None:
+def _scatter(
+    statistics: Tensor, rows: list[int], block: Tensor, first: int = 0
+) -> None:
     """Write a bucket's rows; a reading with fewer directions leaves zeros."""
     directions = (block.shape[1] - 1) // 2
     places: slice | list[int] = rows
     if len(rows) == len(statistics):
         places = slice(None)
-    first = 1 + BASIS_SIZE
-    statistics[places, : 1 + directions] = block[:, : 1 + directions]
+    statistics[places, 0] = block[:, 0]
     if directions:
-        statistics[places, first : first + directions] = block[:, 1 + directions :]
+        dots, squares = 1 + first, 1 + BASIS_SIZE + first
+        statistics[places, dots : dots + directions] = block[:, 1 : 1 + directions]
+        statistics[places, squares : squares + directions] = block[:, 1 + directions :]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import Ops
+from hybridopt.types import DRIFT, Extent
 from hybridopt.weights import directions
 from hybridopt.weights.advancing import (
     advance,
@@ -65,6 +66,8 @@ class WeightSpace:
         """Whether the anchor holds the weights that the last real step left."""
         self.moved = False
         """Whether a predicted move was made since the anchor was set."""
+        self.stepped = False
+        """Whether s is the displacement of the last real step."""
         self._owed = False
         """Whether the anchor is older than the weights that it should hold; only with
         low memory, where it is taken when a move first needs it."""
@@ -175,6 +178,7 @@ class WeightSpace:
                 bucket.step_sq = bucket.drift_sq = None
         self._slopes = []
         self._lag.steps = 0
+        self.stepped = False
         self.anchored = False
         self.moved = False
         self._owed = False
@@ -202,22 +206,28 @@ class WeightSpace:
     # -- one real step -------------------------------------------------------------
 
     def observe(
-        self, loss: Tensor | float | None, norms_only: bool = False
+        self, loss: Tensor | float | None, extent: Extent = Extent.WHOLE
     ) -> PendingReading:
         """Measure gradient against basis, on the device; ``wait`` brings the numbers.
 
         Reads everything, writes nothing.
 
         Args:
-            norms_only: Measure ||g||^2 alone; the rest of the reading is zero.
+            extent: What is not measured of it is zero in the reading.
         """
         buckets = self._all()
         reading = PendingReading(sum(len(b.rows) for b in buckets), loss)
         for bucket in buckets:
-            if bucket.gradients and norms_only:
+            if not bucket.gradients:
+                continue
+            if extent is Extent.NORM:
                 values = self.ops.observe(bucket.gradients, [])
                 reading.add_statistics(bucket.rows, values)
-            elif bucket.gradients:
+            elif extent is Extent.DRIFT:
+                drift, square = [bucket.drifts], [bucket.drift_sq]
+                values = self.ops.observe(bucket.gradients, drift, square)
+                reading.add_statistics(bucket.rows, values, DRIFT)
+            else:
                 values = self.ops.observe(
                     bucket.gradients, bucket.basis, bucket.basis_sq
                 )
@@ -270,6 +280,7 @@ class WeightSpace:
                 slopes = advance(self.ops, bucket, self.beta)
             self._slopes.append((bucket.rows, slopes))
         self.anchored = True
+        self.stepped = True
         self.moved = False
         self._owed = self.low_memory
         return made is not None
@@ -281,12 +292,17 @@ class WeightSpace:
         """Whether no move has to be taken back and the anchor starts the lag's way."""
         return not self.moved and (self.anchored or self._lag.steps > 0)
 
-    def doze(self) -> None:
-        """Instead of ``before_base`` and ``after_base``, while nobody needs directions.
+    def doze(self, *, windows: bool) -> None:
+        """Instead of ``before_base`` and ``after_base``, while nobody needs s.
 
         Only the EMA goes on, and once in a few steps at that.
+
+        Args:
+            windows: Whether the drift window goes on with it.
         """
         self._slopes = []
+        self.stepped = False
+        self._lag.windows = windows
         self._lag.steps += 1
         self.anchored = self._lag.due
         if self.anchored:
@@ -413,7 +429,9 @@ class WeightSpace:
             "anchored": self.anchored,
             "moved": self.moved,
             "owed": self._owed,
+            "stepped": self.stepped,
             "dozed": self._lag.steps,
+            "coasted": self._lag.windows,
             "slopes": [[r, s] for r, s in rows],
         }
 
@@ -422,7 +440,9 @@ class WeightSpace:
         self.anchored = bool(state["anchored"])
         self.moved = bool(state["moved"])
         self._owed = bool(state.get("owed", False))
-        self._lag.steps = int(state.get("dozed", 0))
+        self.stepped = bool(state["stepped"])
+        self._lag.steps = int(state["dozed"])
+        self._lag.windows = bool(state["coasted"])
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))

@@ -8,6 +8,7 @@ import torch
 from hybridopt import HybridPredictOptimizer
 from hybridopt.config import GainConfig, Prior, SecantConfig
 from hybridopt.control.controller import WAKING_STEPS
+from hybridopt.types import Extent
 from hybridopt.weights import WeightSpace
 from tests.problems import assert_same_bits, regression, train
 
@@ -105,7 +106,7 @@ def test_resume_in_sleep_equals_uninterrupted(steps):
     twin = problem.twin()
     other = _build(twin)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert other.run.controller.dozes
+    assert other.run.controller.extent is Extent.NORM
     start = 30 + steps
     assert train(problem, opt, 90, start=start) == train(twin, other, 90, start=start)
     assert_same_bits(problem.weights(), twin.weights())
