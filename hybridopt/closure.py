@@ -8,6 +8,7 @@ step: gradients are cleared before the call and found set after it.
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,18 @@ from torch import Tensor, nn
 from hybridopt.errors import ClosureError
 
 __all__ = [
+    "Closure",
     "Evaluation",
     "call_as_is",
     "evaluate",
     "forward_only",
     "insists_on_call",
     "quiet_forward",
+    "require_callable",
+    "requires_closure",
 ]
+
+Closure = Callable[[], Any]
 
 _EXAMPLE = "Return the loss: opt.step(lambda: F.cross_entropy(model(x), y))."
 
@@ -73,6 +79,20 @@ def evaluate(
     # The graph is used up; handing it on would only keep its memory alive.
     loss = result.detach()
     return Evaluation(loss, loss, forward_form=True)
+
+
+def require_callable(closure: Any) -> None:
+    """Refuse what is neither a closure nor None.
+
+    Raises:
+        ClosureError: It cannot be called.
+    """
+    if closure is not None and not callable(closure):
+        raise ClosureError(
+            f"closure={closure!r} of type {type(closure).__name__}: must be "
+            "callable. Pass a function that returns the loss: "
+            "opt.step(lambda: F.cross_entropy(model(x), y))."
+        )
 
 
 def call_as_is(closure: Callable[[], Any]) -> Evaluation:
@@ -163,3 +183,9 @@ def insists_on_call(closure: Callable[[], Any]) -> bool:
     function = closure.func if isinstance(closure, functools.partial) else closure
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("lightning.", "pytorch_lightning."))
+
+
+def requires_closure(base: torch.optim.Optimizer) -> bool:
+    """Whether the base's step cannot do without a closure (LBFGS)."""
+    parameter = inspect.signature(type(base).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -7,15 +7,22 @@ rule and way out. Nothing here needs changing for a normal run.
 
 from __future__ import annotations
 
-import json
-import math
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from hybridopt.checked import (
+    Checked,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    OpenFraction,
+    Positive,
+)
+from hybridopt.config_files import read_values, write_values
 from hybridopt.errors import ConfigError
 
 __all__ = [
@@ -33,45 +40,8 @@ __all__ = [
     "SecantConfig",
 ]
 
-Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Meta(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Meta(gt=0.0)]
-NonNegative = Annotated[float, Meta(ge=0.0)]
-Count = Annotated[int, Meta(ge=1)]
-CountOrZero = Annotated[int, Meta(ge=0)]
 
-
-class _Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Enforces each field's ``Meta`` on every way of building a struct.
-
-    msgspec checks ``Meta`` when it decodes but not in constructors, so the values are
-    converted to their own declared types once more here.
-    """
-
-    def __post_init__(self) -> None:
-        owner = type(self)
-        hints = get_type_hints(owner, include_extras=True)
-        for field in owner.__struct_fields__:
-            value = getattr(self, field)
-            plain = msgspec.to_builtins(value)
-            try:
-                converted = msgspec.convert(plain, hints[field])
-            except msgspec.ValidationError as error:
-                raise ConfigError(
-                    f"{owner.__name__}.{field}={value!r}: {error}. "
-                    f"See docs/configuration.md for the range of {field!r}."
-                ) from None
-            if isinstance(converted, float) and not math.isfinite(converted):
-                raise ConfigError(
-                    f"{owner.__name__}.{field}={value!r}: must be finite. "
-                    "Use a large number instead of inf."
-                )
-            # Integers given for float fields become floats, so that equal
-            # configurations are equal bytes; the struct is frozen for everyone else.
-            msgspec.structs.force_setattr(self, field, converted)
-
-
-class GainConfig(_Checked, frozen=True, kw_only=True):
+class GainConfig(Checked, frozen=True, kw_only=True):
     """Per-tensor gains on the last real step's displacement (one-step moves)."""
 
     rate: NonNegative = 0.25
@@ -97,7 +67,7 @@ class GainConfig(_Checked, frozen=True, kw_only=True):
     """Gain at the first move at full headroom, in base steps; at least ``initial``."""
 
 
-class DriftConfig(_Checked, frozen=True, kw_only=True):
+class DriftConfig(Checked, frozen=True, kw_only=True):
     """Per-tensor gains on the filtered drift: the EMA's displacement over a window."""
 
     enabled: bool = True
@@ -116,7 +86,7 @@ class DriftConfig(_Checked, frozen=True, kw_only=True):
     """Largest drift gain."""
 
 
-class SecantConfig(_Checked, frozen=True, kw_only=True):
+class SecantConfig(Checked, frozen=True, kw_only=True):
     """Quasi-Newton moves from free secant pairs on low-noise problems."""
 
     enabled: bool = True
@@ -136,11 +106,11 @@ class SecantConfig(_Checked, frozen=True, kw_only=True):
     """Rejections in a row before the base step is taken instead."""
 
 
-class Prior(_Checked, frozen=True, kw_only=True, tag="prior"):
+class Prior(Checked, frozen=True, kw_only=True, tag="prior"):
     """No learned model: gains follow the significance of their alignment."""
 
 
-class Linear(_Checked, frozen=True, kw_only=True, tag="linear"):
+class Linear(Checked, frozen=True, kw_only=True, tag="linear"):
     """Online ridge regression on the features refines the prior."""
 
     ridge: Positive = 1.0
@@ -149,7 +119,7 @@ class Linear(_Checked, frozen=True, kw_only=True, tag="linear"):
     """Discount per real step of past samples."""
 
 
-class MLP(_Checked, frozen=True, kw_only=True, tag="mlp"):
+class MLP(Checked, frozen=True, kw_only=True, tag="mlp"):
     """A small multilayer perceptron refines the prior."""
 
     hidden_size: Count = 32
@@ -160,7 +130,7 @@ class MLP(_Checked, frozen=True, kw_only=True, tag="mlp"):
     """Real steps between training updates."""
 
 
-class RSSM(_Checked, frozen=True, kw_only=True, tag="rssm"):
+class RSSM(Checked, frozen=True, kw_only=True, tag="rssm"):
     """Recurrent state-space model over per-tensor alignment sequences."""
 
     hidden_size: Count = 32
@@ -185,7 +155,7 @@ class RSSM(_Checked, frozen=True, kw_only=True, tag="rssm"):
     """Real steps between training updates."""
 
 
-class LinUCB(_Checked, frozen=True, kw_only=True, tag="linucb"):
+class LinUCB(Checked, frozen=True, kw_only=True, tag="linucb"):
     """Discounted LinUCB with disjoint arms over the horizon."""
 
     exploration: NonNegative = 0.5
@@ -196,11 +166,11 @@ class LinUCB(_Checked, frozen=True, kw_only=True, tag="linucb"):
     """gamma per update: A <- gamma A + x x' + (1 - gamma) lambda I."""
 
 
-class FixedHorizon(_Checked, frozen=True, kw_only=True, tag="fixed"):
+class FixedHorizon(Checked, frozen=True, kw_only=True, tag="fixed"):
     """Always the longest horizon that the progress bound allows; learns nothing."""
 
 
-class DivergenceConfig(_Checked, frozen=True, kw_only=True):
+class DivergenceConfig(Checked, frozen=True, kw_only=True):
     """When the monitor raises the alarm, and what a rollback may cost."""
 
     loss_sigma_threshold: Positive = 4.0
@@ -229,7 +199,7 @@ class DivergenceConfig(_Checked, frozen=True, kw_only=True):
     doubles each time."""
 
 
-class ResidualConfig(_Checked, frozen=True, kw_only=True):
+class ResidualConfig(Checked, frozen=True, kw_only=True):
     """How past prediction errors correct the next prediction."""
 
     enabled: bool = False
@@ -242,7 +212,7 @@ class ResidualConfig(_Checked, frozen=True, kw_only=True):
     """Softmax temperature over latent distances."""
 
 
-class HybridConfig(_Checked, frozen=True, kw_only=True):
+class HybridConfig(Checked, frozen=True, kw_only=True):
     """Configuration of ``HybridPredictOptimizer``."""
 
     enabled: bool = True
@@ -373,24 +343,7 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
             ConfigError: Unknown suffix, broken syntax, or a bad value.
             OSError: The file cannot be read.
         """
-        path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        try:
-            match path.suffix:
-                case ".toml":
-                    values = tomllib.loads(text)
-                case ".json":
-                    values = json.loads(text)
-                case suffix:
-                    raise ConfigError(
-                        f"config file {path}: suffix {suffix!r} is unknown. "
-                        "Use .toml or .json."
-                    )
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(
-                f"config file {path}: {error}. Mend the syntax."
-            ) from None
-        return cls.from_dict(values)
+        return cls.from_dict(read_values(Path(path)))
 
     def to_file(self, path: str | Path) -> None:
         """Write a ``.toml`` or ``.json`` file that ``from_file`` reads back equal.
@@ -400,34 +353,4 @@ class HybridConfig(_Checked, frozen=True, kw_only=True):
         Raises:
             ConfigError: Unknown suffix; nothing is written.
         """
-        path = Path(path)
-        match path.suffix:
-            case ".toml":
-                text = _toml(self.to_dict())
-            case ".json":
-                text = json.dumps(self.to_dict(), indent=2) + "\n"
-            case suffix:
-                raise ConfigError(
-                    f"config file {path}: suffix {suffix!r} is unknown. "
-                    "Use .toml or .json."
-                )
-        path.write_text(text, encoding="utf-8")
-
-
-def _toml(values: dict[str, Any]) -> str:
-    """One table per nested struct; the configuration nests one level deep."""
-    lines = [
-        f"{key} = {_scalar(value)}"
-        for key, value in values.items()
-        if not isinstance(value, dict) and value is not None
-    ]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]"]
-            lines += [f"{k} = {_scalar(v)}" for k, v in value.items() if v is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    """A TOML scalar: JSON's, but TOML has no surrogate pairs and escapes DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        write_values(Path(path), self.to_dict())

@@ -8,10 +8,7 @@ as ``self``; the optimizer's own containers are the base's.
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,27 +18,25 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hybridopt import phases
+from hybridopt.assembly import build_run
+from hybridopt.calling import bare_step, base_step, call_framework, run_closure
 from hybridopt.checkpoint import (
     BLOB_KEY,
     load_into,
     require_state_dict,
     save_into,
 )
-from hybridopt.closure import Evaluation, call_as_is, evaluate, insists_on_call
+from hybridopt.closure import Closure, Evaluation, insists_on_call, require_callable
 from hybridopt.config import HybridConfig
-from hybridopt.distributed import any_rank
-from hybridopt.errors import ClosureError, ConfigError
-from hybridopt.hooks import without_global_hooks
+from hybridopt.errors import ConfigError
+from hybridopt.gradients import has_gradients, has_work
 from hybridopt.measuring import complete_record, settle
-from hybridopt.run import Components, Run, build_run
+from hybridopt.recording import record_step
+from hybridopt.run import Components, Run
 from hybridopt.statistics import summarize
-from hybridopt.telemetry import events
 from hybridopt.types import Phase, StepRecord
-from hybridopt.weights.local import local
 
 __all__ = ["HybridPredictOptimizer"]
-
-Closure = Callable[[], Any]
 
 
 class HybridPredictOptimizer(Optimizer):
@@ -104,13 +99,18 @@ class HybridPredictOptimizer(Optimizer):
         self._model = model
         self._process_group = process_group
         self._components = components or Components()
-        self._replays = _requires_closure(base)
-        self._run = build_run(base, config, model, process_group, self._components)
+        self._run = self._assemble()
         if config.enabled:
             for group in base.param_groups:
                 group.setdefault(BLOB_KEY, "")
             if base.state:
                 self._run.space.allocate()
+
+    def _assemble(self) -> Run:
+        """A new run of the same parts; what was learned so far is not in it."""
+        return build_run(
+            self.base, self.config, self._model, self._process_group, self._components
+        )
 
     # -- one training step --------------------------------------------------------
 
@@ -136,14 +136,9 @@ class HybridPredictOptimizer(Optimizer):
                 state and phase are as before.
         """
         run = self._run
-        if closure is not None and not callable(closure):
-            raise ClosureError(
-                f"closure={closure!r} of type {type(closure).__name__}: must be "
-                "callable. Pass a function that returns the loss: "
-                "opt.step(lambda: F.cross_entropy(model(x), y))."
-            )
+        require_callable(closure)
         if not run.enabled:
-            return self._bare_step(closure)
+            return bare_step(run, closure)
         run.start_clock()
         # Groups may have changed since the last step.
         run.space.refresh()
@@ -151,22 +146,22 @@ class HybridPredictOptimizer(Optimizer):
         plan = run.controller.plan
         evaluation: Evaluation | None = None
         if closure is not None and insists_on_call(closure):
-            evaluation = self._call_as_is(closure)
-            needs_gradient = self._has_gradients(plan.runs_backward)
+            evaluation = call_framework(run, closure)
+            needs_gradient = has_gradients(run, plan.runs_backward)
             if plan.runs_backward and not needs_gradient:
                 return evaluation.result  # the framework skipped this batch
             run.counters.backward_calls += int(needs_gradient)
         else:
             # Gradients that the user made always win over a prediction.
-            needs_gradient = plan.runs_backward or self._has_gradients(False)
+            needs_gradient = plan.runs_backward or has_gradients(run, False)
             if needs_gradient and closure is not None:
-                evaluation = self._evaluate(closure)
+                evaluation = run_closure(run, closure)
         if needs_gradient:
-            if closure is None and not self._has_work():
+            if closure is None and not has_work(run):
                 return None
             loss = None if evaluation is None else evaluation.loss
             run.forward_form = evaluation is not None and evaluation.forward_form
-            done = phases.real_step(run, loss, self._base_step(closure, evaluation))
+            done = phases.real_step(run, loss, base_step(run, closure, evaluation))
             result = None if evaluation is None else evaluation.result
         elif plan.phase is Phase.CORRECT and closure is not None and evaluation is None:
             done = phases.validated_step(run, closure)
@@ -179,135 +174,8 @@ class HybridPredictOptimizer(Optimizer):
             done = phases.predicted_step(run)
             # None where no loss was ever seen: schedulers must not be fed NaN.
             result = torch.tensor(done.loss) if math.isfinite(done.loss) else None
-        self._record(plan.phase, plan.arm, done, busy)
+        record_step(run, plan.phase, plan.arm, done, busy)
         return result
-
-    def _base_step(
-        self, closure: Closure | None, evaluation: Evaluation | None
-    ) -> Callable[[], Any]:
-        """The base's step; bases that insist on a closure get one that replays."""
-        base = self.base
-        if not self._replays or closure is None:
-            return base.step
-        first = [True]
-
-        def replay() -> Any:
-            if first[0] and evaluation is not None:
-                first[0] = False
-                return evaluation.loss
-            return self._evaluate(closure).loss
-
-        return lambda: base.step(replay)
-
-    def _evaluate(self, closure: Closure) -> Evaluation:
-        run = self._run
-        started = time.perf_counter()
-        parameters = run.space.parameters()
-        result = evaluate(closure, parameters, run.config.clip_grad_norm)
-        run.counters.closure_s += time.perf_counter() - started
-        run.counters.closure_calls += 1
-        run.counters.backward_calls += 1
-        return result
-
-    def _call_as_is(self, closure: Closure) -> Evaluation:
-        """Call a closure that its framework wants called on every step."""
-        run = self._run
-        started = time.perf_counter()
-        evaluation = call_as_is(closure)
-        run.counters.closure_s += time.perf_counter() - started
-        run.counters.closure_calls += 1
-        return evaluation
-
-    def _has_gradients(self, stale_too: bool) -> bool:
-        """Whether there are gradients to step on.
-
-        Args:
-            stale_too: On a real step any will do; a predicted step yields only to
-                fresh ones, since those of the last real step may still be there.
-        """
-        run = self._run
-        if stale_too:
-            return any(p.grad is not None for p in run.space.parameters())
-        return run.fresh_gradients() and self._not_all_zero()
-
-    def _has_work(self) -> bool:
-        """Whether a ``step()`` without closure is a training step at all.
-
-        Distributed checkpointing steps once with zero gradients and a zero learning
-        rate to fill the base's state: that reaches the base and counts as nothing.
-        """
-        run = self._run
-        if any(p.grad is not None for p in run.space.parameters()):
-            if any(float(g["lr"]) != 0.0 for g in self.base.param_groups):
-                run.counters.backward_calls += 1
-                return True
-            if self._not_all_zero():
-                run.counters.backward_calls += 1
-                return True
-        with without_global_hooks():
-            self.base.step()
-        if not run.space.ready:
-            run.space.allocate()
-        return False
-
-    def _not_all_zero(self) -> bool:
-        run = self._run
-        gradients = [p.grad for p in run.space.parameters() if p.grad is not None]
-        found = any(bool(local(g).count_nonzero()) for g in gradients)
-        # A rank's shards may be empty or zero where the gradient is not.
-        return any_rank(run.collective, found) if run.sharded else found
-
-    def _bare_step(self, closure: Closure | None) -> Any:
-        """The base alone, with either closure form."""
-        self._run.space.refresh()
-        if closure is None:
-            with without_global_hooks():
-                return self.base.step()
-        parameters = self._run.space.parameters()
-        clip = self.config.clip_grad_norm
-        if insists_on_call(closure):
-            evaluation = call_as_is(closure)
-        else:
-            evaluation = evaluate(closure, parameters, clip)
-        with without_global_hooks():
-            self._base_step(closure, evaluation)()
-        return evaluation.result
-
-    def _record(self, phase: Phase, arm: int, done: phases.Done, busy_s: float) -> None:
-        """Count the step and leave its record."""
-        run = self._run
-        counters = run.counters
-        outside = counters.closure_s + counters.base_s - busy_s
-        bookkeeping = max(time.perf_counter() - run.started_s - outside, 0.0)
-        counters.bookkeeping_s += bookkeeping
-        record = StepRecord(
-            step=counters.steps,
-            phase=phase,
-            mover=done.mover,
-            loss=done.loss,
-            loss_predicted=done.loss_predicted,
-            horizon=done.horizon,
-            arm=arm,
-            confidence=done.confidence,
-            progress=done.progress,
-            verdict=done.verdict.level,
-            action=done.action,
-            gradient_norm=done.gradient_norm,
-            gain=done.gain,
-            learning_rate=done.learning_rate,
-            bookkeeping_s=bookkeeping,
-            reason=done.verdict.reason,
-        )
-        counters.steps += 1
-        run.last_step = record
-        if not done.complete:
-            assert run.pending is not None
-            run.pending.record = record
-        # Lists of gradients must not outlive the step: they would keep memory alive.
-        run.space.refresh()
-        (run.sink.write if done.complete else run.sink.hold)(record)
-        if run.controller.plan.phase is not phase:
-            events.phase_changed(record.step, phase, run.controller.plan.phase)
 
     # -- what users ask -----------------------------------------------------------
 
@@ -403,9 +271,7 @@ class HybridPredictOptimizer(Optimizer):
         run = self._run
         settle(run)
         self.base.add_param_group(param_group)
-        fresh = build_run(
-            self.base, self.config, self._model, self._process_group, self._components
-        )
+        fresh = self._assemble()
         fresh.counters, fresh.enabled = run.counters, run.enabled
         run.adopt(fresh)
         if run.enabled:
@@ -460,17 +326,7 @@ class HybridPredictOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state)
             state = state if replaced is None else replaced
-
-        def rebuild() -> Run:
-            return build_run(
-                self.base,
-                self.config,
-                self._model,
-                self._process_group,
-                self._components,
-            )
-
-        self._run.adopt(load_into(self._run, rebuild, state))
+        self._run.adopt(load_into(self._run, self._assemble, state))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -505,9 +361,3 @@ class HybridPredictOptimizer(Optimizer):
 
 
 _HIDDEN = frozenset({"params", BLOB_KEY})
-
-
-def _requires_closure(base: Optimizer) -> bool:
-    """Whether the base's step cannot do without a closure (LBFGS)."""
-    parameter = inspect.signature(type(base).step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty

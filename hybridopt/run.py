@@ -12,26 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from hybridopt.config import HybridConfig
-from hybridopt.control import Controller, build_policy
-from hybridopt.control.controller import CONTEXT_SIZE
+from hybridopt.control import Controller
 from hybridopt.distributed import (
     any_rank,
-    build_collective,
     is_first,
     reduction_weights,
     require_same_tensors,
 )
-from hybridopt.dynamics import build_predictor
 from hybridopt.errors import CheckpointError
 from hybridopt.guard import DivergenceMonitor
 from hybridopt.history import RunningMoments
-from hybridopt.kernels import select_ops
 from hybridopt.pending import Pending
 from hybridopt.protocols import (
     Collective,
@@ -41,16 +36,13 @@ from hybridopt.protocols import (
     Predictor,
     Signal,
 )
-from hybridopt.residuals import build_corrector
 from hybridopt.telemetry import MetricsSink
 from hybridopt.types import StepRecord
 from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
-from hybridopt.weights.flat import supports
 from hybridopt.weights.local import shard_share
 from hybridopt.weights.module_buffers import list_buffers
-from hybridopt.weights.secant import affordable_pairs
 
-__all__ = ["Components", "Counters", "Run", "build_run"]
+__all__ = ["Components", "Counters", "Run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +106,8 @@ class Run:
     pending: Pending | None = None
     """The last real step, as long as its numbers have not been taken in."""
     skips_on: tuple[str, ...] = ("cuda",)
+    replays: bool = False
+    """Whether the base's step insists on a closure; it gets one that replays."""
     last_loss: float = float("nan")
     forward_form: bool = False
     """Whether the last real step came from a forward closure."""
@@ -359,65 +353,3 @@ class Run:
             else []
         )
         self.consumed = []
-
-
-def build_run(
-    base: torch.optim.Optimizer,
-    config: HybridConfig,
-    model: nn.Module | None,
-    process_group: Any,
-    components: Components,
-) -> Run:
-    """Put the parts together as the configuration says."""
-    parameters = [p for g in base.param_groups for p in g["params"] if p.requires_grad]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    ops = components.ops or select_ops(config.kernels, device)
-    space = WeightSpace(base, config, ops)
-    collective = build_collective(process_group)
-    shares = reduction_weights(
-        [shard_share(p) for p in parameters], collective.world_size
-    )
-    if not space.drifts:
-        drift = msgspec.structs.replace(config.drift, enabled=False)
-        predictor_config = config.replace(drift=drift)
-    else:
-        predictor_config = config
-    predictor = components.predictor or build_predictor(
-        predictor_config, [p.numel() for p in parameters], [p.ndim for p in parameters]
-    )
-    policy = components.policy or build_policy(
-        config.bandit, config.max_predict_steps, CONTEXT_SIZE
-    )
-    signals = list(components.signals) if components.signals is not None else None
-    return Run(
-        base=base,
-        config=config,
-        model=model,
-        space=space,
-        predictor=predictor,
-        controller=Controller(config, policy),
-        monitor=DivergenceMonitor(config, signals),
-        corrector=components.corrector
-        or build_corrector(config.residual, config.memory_budget, config.seed),
-        collective=collective,
-        secant=_secant(config, parameters, collective),
-        noise=NoiseMeter(config.secant),
-        sink=MetricsSink(config.metrics_path, keep=config.collect_metrics),
-        shares=shares,
-        enabled=config.enabled,
-        skips_on=components.skips_on,
-    )
-
-
-def _secant(
-    config: HybridConfig, parameters: Sequence[Tensor], collective: Collective
-) -> SecantMover | None:
-    """Secant moves where they fit: one process, one dtype and device, small enough."""
-    if not (config.enabled and config.secant.enabled) or collective.world_size > 1:
-        return None
-    if not supports(parameters):
-        return None
-    size = sum(p.numel() for p in parameters)
-    budget = config.memory_budget * 2**20
-    pairs = affordable_pairs(config.secant, size, parameters[0].itemsize, budget)
-    return SecantMover(pairs, config.secant) if pairs else None
