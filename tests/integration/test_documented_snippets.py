@@ -95,6 +95,7 @@ def test_lightning_snippet_runs_as_printed(tmp_path):
 
 def test_huggingface_snippet_runs_as_printed(tmp_path):
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     names = surroundings()
 
     class Net(nn.Module):

@@ -1,0 +1,114 @@
+"""Coasting, only the drift is measured; all else is as in whole steps."""
+
+import copy
+
+import pytest
+import torch
+
+from hybridopt import HybridPredictOptimizer
+from hybridopt.config import DriftConfig, GainConfig, Prior, SecantConfig
+from hybridopt.types import DRIFT, STEP, Extent
+from hybridopt.weights import WeightSpace
+from tests.problems import assert_same_bits, regression, train
+
+K = 12
+IDLE = GainConfig(rate=0.0, initial=0.0, minimum=0.0)
+
+
+def _build(problem):
+    base = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    return HybridPredictOptimizer(
+        base,
+        predictor=Prior(),
+        secant=SecantConfig(enabled=False),
+        gain=IDLE,
+        drift=DriftConfig(window_steps=K, minimum=0.3),
+        warmup_steps=5,
+    )
+
+
+def _coast(problem, opt, limit=120):
+    """Train until it coasts; the number of steps made."""
+    for step in range(limit):
+        if opt.run.controller.extent is Extent.DRIFT and opt.run.space.can_doze:
+            return step
+        train(problem, opt, 1, start=step)
+    raise AssertionError("never coasted")
+
+
+def test_drift_that_pays_makes_it_coast_and_windows_go_on():
+    problem = regression()
+    opt = _build(problem)
+    start = _coast(problem, opt)
+    windows = opt.run.predictor.window.windows
+    seen = []
+    for step in range(start, start + 4 * K):
+        seen.append(opt.run.controller.extent)
+        train(problem, opt, 1, start=step)
+    assert opt.run.predictor.window.windows == windows + 4
+    assert seen.count(Extent.DRIFT) > 2 * K
+    assert Extent.WHOLE in seen  # around the turns
+
+
+def test_coasting_windows_hold_the_drift_of_whole_steps(monkeypatch):
+    found = []
+    for whole in (False, True):
+        problem = regression()
+        opt = _build(problem)
+        start = _coast(problem, opt)
+        if whole:
+            monkeypatch.setattr(WeightSpace, "can_doze", False)
+        turns, turn = [], opt.run.space.turn_window
+
+        def watched(turns=turns, turn=turn, opt=opt):
+            turns.append([d.clone() for b in opt.run.space._all() for d in b.windows])
+            turn()
+
+        monkeypatch.setattr(
+            WeightSpace, "turn_window", lambda _, watched=watched: watched()
+        )
+        train(problem, opt, K, start=start)
+        monkeypatch.undo()
+        found.append(turns[0])
+    coasted, whole = (torch.cat([d.flatten() for d in ds]) for ds in found)
+    # The EMA goes in straight ways of eight steps instead of through every point.
+    assert (coasted - whole).norm() < 0.1 * whole.norm()
+
+
+def test_coasting_measures_what_whole_steps_measure_along_the_drift():
+    problem = regression()
+    opt = _build(problem)
+    _coast(problem, opt)
+    problem.loss(0).backward()
+    opt.run.space.refresh()
+    part = opt.run.space.observe(None, Extent.DRIFT).wait().statistics
+    whole = opt.run.space.observe(None).wait().statistics
+    torch.testing.assert_close(part[:, 0], whole[:, 0])
+    torch.testing.assert_close(part[:, 1 + DRIFT], whole[:, 1 + DRIFT])
+    torch.testing.assert_close(part[:, 3 + DRIFT], whole[:, 3 + DRIFT])
+    assert not part[:, [1 + STEP, 3 + STEP]].any()
+
+
+@pytest.mark.parametrize("steps", range(1, 2 * K, 2))
+def test_resume_while_coasting_equals_uninterrupted(steps):
+    problem = regression()
+    opt = _build(problem)
+    start = _coast(problem, opt) + steps
+    train(problem, opt, steps, start=start - steps)
+    twin = problem.twin()
+    other = _build(twin)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.run.controller.coasting
+    assert train(problem, opt, 90, start=start) == train(twin, other, 90, start=start)
+    assert_same_bits(problem.weights(), twin.weights())
+
+
+def test_a_bad_step_while_coasting_is_skipped():
+    problem = regression()
+    opt = _build(problem)
+    start = _coast(problem, opt)
+    before = problem.weights()
+    opt.step(lambda: problem.loss(start) * float("nan"))
+    assert_same_bits(before, problem.weights())
+    train(problem, opt, 60, start=start + 1)
+    assert all(bool(w.isfinite().all()) for w in problem.weights())
