@@ -69,9 +69,12 @@ def _cpu_lines() -> list[str]:
 def _commit() -> str:
     """Commit of the sources, marked where they were changed since; or 'unknown'.
 
-    A copy of the sources without its repository can say what it is by
+    A copy of the sources apart from its repository says what it is by
     ``HYBRIDOPT_BENCH_COMMIT``.
     """
+    named = os.environ.get("HYBRIDOPT_BENCH_COMMIT")
+    if named:
+        return named
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -84,7 +87,7 @@ def _commit() -> str:
         dirty = git("status", "--porcelain", "--", "hybridopt", "benchmarks/*.py")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HYBRIDOPT_BENCH_COMMIT", "unknown")
+        return "unknown"
 
 
 def command_line() -> list[str]:

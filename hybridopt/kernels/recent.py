@@ -60,7 +60,7 @@ class Seen:
     number: int
     """Same number: same addresses, sizes and formats."""
     kind: int
-    """Same kind: same sizes and formats, wherever they are."""
+    """Same kind: same sizes, formats and devices, wherever in memory they are."""
 
 
 class Fingerprints:
@@ -104,7 +104,9 @@ class Fingerprints:
         if seen is not None and sizes == seen.sizes and formats == seen.formats:
             seen.references = list(map(ref, tensors))
             return seen
-        kind = self._number(self._kinds, (tuple(sizes), tuple(formats)))
+        # Kernels must never be given another device's addresses.
+        devices = tuple(t.device for t in tensors)
+        kind = self._number(self._kinds, (tuple(sizes), tuple(formats), devices))
         number = self._number(self._numbers, (addresses, kind))
         references = list(map(ref, tensors))
         found = Seen(references, addresses, sizes, formats, number, kind)

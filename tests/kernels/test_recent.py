@@ -156,3 +156,15 @@ def test_launcher_switches_devices_only_when_it_must(monkeypatch, current):
     with launcher.on_stream() as pointer:
         events.append(pointer)
     assert events == ([77, 77] if current == 1 else [1, 77, 77])
+
+
+def test_lists_on_other_devices_are_of_another_kind():
+    prints = Fingerprints()
+    here, there = ([torch.empty(3, device=d)] for d in ("cpu", "meta"))
+    first, second = prints.look(here), prints.look(there)
+    assert first is not None
+    assert second is not None
+    assert first.kind != second.kind
+    again = prints.look([torch.empty(3)])
+    assert again is not None
+    assert again.kind == first.kind
