@@ -112,9 +112,9 @@ class PendingReading:
             if not event.query():  # type: ignore[no-untyped-call]
                 event.synchronize()
         host = self._split() if self._fused else list(self._host or [])
-        loss = self._plain()
-        if isinstance(self._loss, Tensor):
-            loss = float(host.pop())
+        # Never look at the loss itself: on a GPU that would wait for all that is queued.
+        on_way = isinstance(self._loss, Tensor)
+        loss = float(host.pop()) if on_way else self._plain()
         count = len(self._blocks)
         shape = (self._size, 1 + 2 * BASIS_SIZE)
         blocks = [(r, h) for (r, _), h in zip(self._blocks, host[:count], strict=True)]
