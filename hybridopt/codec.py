@@ -22,7 +22,7 @@ from hybridopt.errors import CheckpointError
 
 __all__ = ["VERSION", "decode", "encode"]
 
-VERSION = 1
+VERSION = 2
 """Format of the payload; raised when an older reader would misread a newer state."""
 
 _TENSOR_CODE = 1
