@@ -83,9 +83,7 @@ def learn(run: Run, observation: Observation) -> None:
     if outcome is not None and observation.move is not None:
         run.controller.learn(observation.move, outcome)
         run.predictor.feedback(outcome)
-    controller = run.controller
-    useful = not observation.partial or (controller.sleep_steps and controller.coasting)
-    if useful and not controller.sleeps_deeply:
+    if run.controller.learns_from(observation):
         run.predictor.observe(observation)
     if math.isfinite(observation.loss):
         if math.isfinite(observation.expected_loss):

@@ -91,6 +91,14 @@ class Controller:
         """Whether nothing is learned either."""
         return self.sleep_steps > 0 and not self.coasting
 
+    def learns_from(self, observation: Observation) -> bool:
+        """Whether an observation says something that the predictor wants to know now:
+        awake, if there was a displacement to measure along; coasting, always.
+        """
+        if self.sleep_steps == 0:
+            return not observation.partial
+        return self.coasting
+
     @property
     def extent(self) -> Extent:
         """What is needed of this real step: all of it unless asleep or coasting, not

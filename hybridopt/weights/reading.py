@@ -112,7 +112,7 @@ class PendingReading:
             if not event.query():  # type: ignore[no-untyped-call]
                 event.synchronize()
         host = self._split() if self._fused else list(self._host or [])
-        # Never look at the loss itself: on a GPU that would wait for all that is queued.
+        # Never look at the loss itself: on a GPU that waits for all that is queued.
         on_way = isinstance(self._loss, Tensor)
         loss = float(host.pop()) if on_way else self._plain()
         count = len(self._blocks)

@@ -220,7 +220,8 @@ class WeightSpace:
         for bucket in buckets:
             if not bucket.gradients:
                 continue
-            if extent is Extent.NORM:
+            newcomer = not bucket.tracked
+            if extent is Extent.NORM or (extent is Extent.DRIFT and newcomer):
                 values = self.ops.observe(bucket.gradients, [])
                 reading.add_statistics(bucket.rows, values)
             elif extent is Extent.DRIFT:

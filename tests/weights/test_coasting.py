@@ -112,3 +112,24 @@ def test_a_bad_step_while_coasting_is_skipped():
     assert_same_bits(before, problem.weights())
     train(problem, opt, 60, start=start + 1)
     assert all(bool(w.isfinite().all()) for w in problem.weights())
+
+
+def test_a_parameter_that_gets_its_first_gradient_while_coasting_joins_in():
+    problem = regression()
+    late = torch.nn.Parameter(torch.zeros(3))
+    base = torch.optim.AdamW([*problem.model.parameters(), late], lr=1e-3)
+    opt = HybridPredictOptimizer(
+        base,
+        predictor=Prior(),
+        secant=SecantConfig(enabled=False),
+        gain=IDLE,
+        drift=DriftConfig(window_steps=K, minimum=0.3),
+        warmup_steps=5,
+        max_predict_steps=0,
+    )
+    start = _coast(problem, opt)
+    for i in range(start, start + 60):
+        opt.step(lambda i=i: problem.loss(i) + (late - 1).square().sum())
+    assert 0.0 < float(opt.state[late]["hybrid_step"].abs().sum()) < 1.0
+    assert bool(late.isfinite().all())
+    assert float(late.detach().min()) > 0.01
