@@ -129,4 +129,4 @@ def test_optimizer_assigns_no_state_outside_construction():
 def test_files_stay_readable():
     for path in _modules():
         lines = path.read_text().count("\n")
-        assert lines <= 520, f"{path.name} has {lines} lines"
+        assert lines <= 400, f"{path.name} has {lines} lines"

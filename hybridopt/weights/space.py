@@ -29,21 +29,16 @@ from hybridopt.weights.advancing import (
 )
 from hybridopt.weights.buckets import (
     ANCHOR,
-    DRIFT_KEY,
     KEYS,
-    LAG_KEY,
-    STEP_KEY,
-    WINDOW_KEY,
     Bucket,
     BucketTable,
 )
 from hybridopt.weights.lag import DozingLag, averaged
-from hybridopt.weights.local import local, shard_numel
+from hybridopt.weights.local import local
 from hybridopt.weights.reading import PendingReading
+from hybridopt.weights.tensors import HybridTensors
 
 __all__ = ["ANCHOR", "KEYS", "WeightSpace"]
-
-_MIB = 2.0**20
 
 
 class WeightSpace:
@@ -60,8 +55,7 @@ class WeightSpace:
         self.ops = ops
         self.beta = config.drift.beta
         self.low_memory = config.memory == "low"
-        self._budget = config.memory_budget * _MIB
-        self._wants_drift = config.drift.enabled and not self.low_memory
+        self._tensors = HybridTensors(base, config)
         self.anchored = False
         """Whether the anchor holds the weights that the last real step left."""
         self.moved = False
@@ -95,72 +89,31 @@ class WeightSpace:
             self._listed = [p for g in groups for p in g["params"] if p.requires_grad]
         return self._listed
 
-    def _tracked(self, parameter: Tensor) -> bool:
-        # ``in`` first: reading the state of an unknown parameter would insert it.
-        state = self.base.state
-        return parameter in state and ANCHOR in state[parameter]
-
     @property
     def ready(self) -> bool:
         """Whether some parameter has its hybrid tensors."""
         return any(b.tracked for b in self._all())
 
-    def extra_bytes(self) -> int:
-        """Bytes that the hybrid tensors of this rank take on the device."""
-        state = self.base.state
-        total = 0
-        for p in self.parameters():
-            for key in KEYS:
-                tensor = state[p].get(key) if p in state else None
-                if tensor is not None and local(tensor).device == local(p).device:
-                    total += local(tensor).nbytes
-        return total
-
-    def basis_dtype(self, parameter: Tensor) -> torch.dtype:
-        """Precision of the directions: the parameter's own when they all fit into
-        ``memory_budget`` that way, else bf16, which keeps anchor, step and lag at two
-        copies.
-        """
-        if parameter.dtype.itemsize <= 2 or self.low_memory:
-            return parameter.dtype
-        copies = 4 if self.drifts else 2
-        fits = copies * self._total_bytes() <= self._budget
-        return parameter.dtype if fits else torch.bfloat16
-
     @property
     def drifts(self) -> bool:
-        """Whether drift moves are made: their two directions, in bf16 if need be, fit
-        into ``memory_budget``.
-        """
-        if not self._wants_drift:
-            return False
-        numbers = sum(shard_numel(p) for p in self.parameters())
-        return 2 * 2 * numbers <= self._budget
+        """Whether drift moves are made; see ``HybridTensors.drifts``."""
+        return self._tensors.drifts(self.parameters())
 
-    def _total_bytes(self) -> int:
-        return sum(shard_numel(p) * p.itemsize for p in self.parameters())
+    def extra_bytes(self) -> int:
+        """Bytes that the hybrid tensors of this rank take on the device."""
+        return self._tensors.extra_bytes(self.parameters())
 
     def allocate(self) -> None:
         """Give every parameter its hybrid tensors, after the base has filled its state.
 
-        Bases test ``len(state[p]) == 0`` to initialize, so this never comes first: only
-        parameters that the base has stepped (they have a gradient) or holds state for.
+        Bases test ``len(state[p]) == 0`` to initialize, so this never comes first.
         """
-        for p in self.parameters():
-            filled = p in self.base.state and len(self.base.state[p]) > 0
-            if self._tracked(p) or not (filled or p.grad is not None):
-                continue
-            state = self.base.state[p]
-            dtype = self.basis_dtype(p)
-            with torch.no_grad():
-                # One expression per key keeps DTensor placements.
-                state[ANCHOR] = self._new_anchor(p)
-                state[STEP_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
-                if not self.low_memory:
-                    state[LAG_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
-                if self.drifts:
-                    state[WINDOW_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
-                    state[DRIFT_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
+        self._tensors.allocate(self.parameters())
+        self._table.forget()
+
+    def restore_dtypes(self) -> None:
+        """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
+        self._tensors.restore_dtypes(self.parameters())
         self._table.forget()
 
     def complete(self) -> bool:
@@ -182,26 +135,6 @@ class WeightSpace:
         self.anchored = False
         self.moved = False
         self._owed = False
-
-    def _new_anchor(self, p: Tensor) -> Tensor:
-        # A shard stays on its device: as a plain tensor it would be saved as a whole.
-        sharded = hasattr(p, "placements")
-        if not self.low_memory or sharded or local(p).device.type == "cpu":
-            return p.detach().clone(memory_format=torch.preserve_format)
-        plain = local(p)
-        return torch.zeros(plain.shape, dtype=plain.dtype, pin_memory=True)
-
-    def restore_dtypes(self) -> None:
-        """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
-        for p in self.parameters():
-            state = self.base.state.get(p, {})
-            for key in KEYS[1:]:
-                if key in state and state[key].dtype != self.basis_dtype(p):
-                    state[key] = state[key].to(self.basis_dtype(p))
-            offloaded = self.low_memory and not hasattr(p, "placements")
-            if offloaded and ANCHOR in state and local(p).device.type != "cpu":
-                state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
-        self._table.forget()
 
     # -- one real step -------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hybridopt import HybridPredictOptimizer, Phase
+from hybridopt.codec import VERSION
 from hybridopt.config import MLP, RSSM, Linear, Prior
 from hybridopt.errors import CheckpointError
 from tests.problems import BASES, assert_same_bits, regression, train
@@ -156,7 +157,7 @@ def _damage(text, kind):
             flipped = "A" if text[middle] != "A" else "B"
             return text[:middle] + flipped + text[middle + 1 :]
         case "version":
-            return text.replace("hybridopt:1:", "hybridopt:999:", 1)
+            return text.replace(f"hybridopt:{VERSION}:", "hybridopt:999:", 1)
         case _:
             return "nonsense"
 
