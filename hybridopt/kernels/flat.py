@@ -15,8 +15,10 @@ __all__ = [
     "flat",
     "graphless",
     "groups",
+    "pieces",
     "precision_of",
     "uniform",
+    "vector",
     "wide",
     "wide_of",
 ]
@@ -25,6 +27,9 @@ _GROUP_LIMIT = 1 << 24
 """Weights per group of the foreach way; bounds each temporary to 64 MiB of float32."""
 _DOT_LIMIT = 1 << 30
 """BLAS counts in 32 bits."""
+_PIECE = 1 << 16
+"""Weights per piece where the CPU has to convert: a piece's copy stays in the cache, a
+whole tensor's copy would be faulted in page by page (four times as slow)."""
 
 
 P = ParamSpec("P")
@@ -75,8 +80,34 @@ def flat(tensor: Tensor, precision: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is precision else tensor.to(precision)
 
 
+def vector(tensor: Tensor, precision: torch.dtype) -> Tensor:
+    """``flat``, but what the CPU would have to convert is left for ``dot``."""
+    if precision is torch.float32 and tensor.device.type == "cpu":
+        return tensor if tensor.dim() == 1 else tensor.reshape(-1)
+    return flat(tensor, precision)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape side by side, piece by piece; views, where their layouts
+    permit, else the tensors as they are.
+    """
+    if all([t.is_contiguous() for t in tensors]):
+        return zip(*(torch.split(t.view(-1), _PIECE) for t in tensors), strict=True)
+    return iter([tensors])
+
+
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product of two flat tensors of any length, as a 0-dim tensor."""
+    """Inner product of two flat tensors of any length, as a 0-dim tensor.
+
+    In float32 where one of them has less; then piece by piece.
+    """
+    if left.dtype is not right.dtype or left.dtype.itemsize < 4:
+        terms = [torch.dot(a.float(), b.float()) for a, b in pieces(left, right)]
+        return (
+            torch.stack(terms).sum()
+            if terms
+            else left.new_zeros((), dtype=torch.float32)
+        )
     if left.numel() <= _DOT_LIMIT:
         return torch.dot(left, right)
     parts = zip(

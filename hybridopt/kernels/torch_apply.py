@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridopt.kernels.flat import dot, flat, groups, wide
+from hybridopt.kernels.flat import dot, flat, groups, pieces, wide
 
 __all__ = ["apply_on_device", "apply_on_host"]
 
@@ -64,7 +64,7 @@ def _apply_in_place(
     Fresh buffers for new weights would cost more than the arithmetic: on a CPU each
     page of them is faulted in anew.
     """
-    if not _in_one_precision(parameters, basis):
+    if not _in_full_precision(parameters, basis):
         return None
     reaches = [0.0] * len(rows)
     known = [*squares, *(None,) * (len(basis) - len(squares))]
@@ -86,7 +86,7 @@ def _apply_in_place(
         used = [j for j, k in enumerate(row) if k != 0.0]
         if len(used) == 1:
             j = used[0]
-            theta.add_(basis[j][index], alpha=row[j])
+            _add(theta, basis[j][index], row[j])
         elif used:
             delta = _delta(theta, [b[index] for b in basis], row)
             vector = flat(delta, theta.dtype)
@@ -95,11 +95,26 @@ def _apply_in_place(
     return torch.tensor([*lengths, 1.0])
 
 
-def _in_one_precision(
+def _add(theta: Tensor, direction: Tensor, factor: float) -> None:
+    if direction.dtype is theta.dtype:
+        theta.add_(direction, alpha=factor)
+        return
+    for weights, along in pieces(theta, direction):
+        weights.add_(along, alpha=factor)
+
+
+def _in_full_precision(
     parameters: Sequence[Tensor], basis: Sequence[Sequence[Tensor]]
 ) -> bool:
+    """Whether sums in the weights' own precision are exact enough: all weights are
+    float32, or everything is float64.
+    """
     kind = parameters[0].dtype
-    return kind in (torch.float32, torch.float64) and all(
+    if kind is torch.float32:
+        return all([t.dtype is kind for t in parameters]) and not any(
+            [t.dtype is torch.float64 for tensors in basis for t in tensors]
+        )
+    return kind is torch.float64 and all(
         [t.dtype is kind for tensors in (parameters, *basis) for t in tensors]
     )
 

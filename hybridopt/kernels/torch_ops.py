@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hybridopt.kernels.flat import (
     dots,
-    flat,
     graphless,
     groups,
+    pieces,
     precision_of,
     uniform,
+    vector,
     wide,
     wide_of,
 )
@@ -58,12 +59,12 @@ class TorchOps:
         precision = precision_of(gradients)
         if count == 0:
             return torch.zeros(0, 1 + 2 * directions, dtype=precision)
-        fresh = [flat(g, precision) for g in gradients]
+        fresh = [vector(g, precision) for g in gradients]
         known = [*squares, *(None,) * (directions - len(squares))]
         sums = dots(fresh, fresh)
         norms: list[Tensor] = []
         for direction, square in zip(basis, known, strict=True):
-            along = [flat(b, precision) for b in direction]
+            along = [vector(b, precision) for b in direction]
             sums += dots(fresh, along)
             norms.append(torch.stack(dots(along, along)) if square is None else square)
         columns = [torch.stack(sums), *norms] if norms else [torch.stack(sums)]
@@ -95,7 +96,12 @@ class TorchOps:
         for part in groups(parameters):
             thetas, anchors = list(parameters[part]), list(anchor[part])
             steps, lags = list(step[part]), list(lag[part])
-            if uniform(thetas, anchors, steps, lags):
+            alike = uniform(thetas, anchors, steps, lags)
+            if thetas[0].device.type == "cpu" and not alike:
+                for tensors in zip(thetas, anchors, steps, lags, strict=True):
+                    _take_in(*tensors, beta)
+                continue
+            if alike:
                 for theta, before, moved in zip(thetas, anchors, steps, strict=True):
                     torch.sub(theta, before, out=moved)
                 torch._foreach_add_(lags, steps)
@@ -108,8 +114,8 @@ class TorchOps:
                 torch._foreach_mul_(work, beta)
                 torch._foreach_copy_(lags, work)
             torch._foreach_copy_(anchors, thetas)
-        moves = [flat(s, precision) for s in step]
-        sums = dots([flat(g, precision) for g in gradients], moves)
+        moves = [vector(s, precision) for s in step]
+        sums = dots([vector(g, precision) for g in gradients], moves)
         return torch.stack(sums + dots(moves, moves)).view(2, -1).t()
 
     @graphless
@@ -146,3 +152,15 @@ class TorchOps:
         """target_l <- source_l for all l, bit for bit when the dtypes agree."""
         if len(source) != 0:
             torch._foreach_copy_(list(target), list(source))
+
+
+def _take_in(
+    theta: Tensor, anchor: Tensor, step: Tensor, lag: Tensor, beta: float
+) -> None:
+    """``advance`` of one tensor whose parts have several precisions, on the CPU."""
+    for now, before, moved, filtered in pieces(theta, anchor, step, lag):
+        work = now.to(wide(now), copy=True)
+        work.sub_(wide_of(before))
+        moved.copy_(work)
+        filtered.copy_(work.add_(wide_of(filtered)).mul_(beta))
+        before.copy_(now)
