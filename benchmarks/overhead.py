@@ -77,6 +77,8 @@ class Memory:
     """Allocated between steps."""
     peak: int
     """Most that was allocated during steps (CUDA only; else 0)."""
+    requested: int
+    """Asked for at that peak, before the allocator rounds up (CUDA only; else 0)."""
 
 
 @dataclass
@@ -240,14 +242,16 @@ def _memory(model: Model, device: str, options: Options) -> dict[str, Memory]:
     for name, wrap in kinds.items():
         _collect()
         start = _allocated(device)
+        asked = _requested("current") if device == "cuda" else 0
         one = side(small, device, fused=options.fused, wrap=wrap)
         _steps(one, 14)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         _steps(one, 6)
         peak = torch.cuda.max_memory_allocated() - start if device == "cuda" else 0
+        requested = _requested("peak") - asked if device == "cuda" else 0
         one.optimizer.zero_grad()
-        found[name] = Memory(_allocated(device) - start, peak)
+        found[name] = Memory(_allocated(device) - start, peak, requested)
         del one
     _collect()
     return found
@@ -264,6 +268,10 @@ def _allocated(device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     return live_tensor_bytes()
+
+
+def _requested(what: str) -> int:
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{what}"])
 
 
 def _wait(device: str) -> None:

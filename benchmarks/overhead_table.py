@@ -29,7 +29,8 @@ def markdown(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if any(row["memory"] for row in rows):
         parts += [
             "\nDevice memory beyond the bare base's, in copies of the weights (eager, "
-            "the size's own batch,\n`torch.cuda.max_memory_allocated`).\n",
+            "the size's own batch,\n`torch.cuda.max_memory_allocated`; requested: at the peak, before the "
+            "allocator rounds blocks up).\n",
             _memory(rows),
         ]
     return "\n".join(parts) + "\n"
@@ -85,7 +86,8 @@ def _waits(rows: list[dict[str, Any]]) -> str:
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:
-    head = ["model", "default: steady", "default: peak", "low: steady", "low: peak"]
+    kinds, figures = ("default", "low"), ("steady", "peak", "requested")
+    head = ["model", *(f"{kind}: {what}" for kind in kinds for what in figures)]
     body = []
     for r in rows:
         if not r["memory"]:
@@ -93,8 +95,8 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         bare = r["memory"]["bare"]
         cells = [
             f"{(r['memory'][kind][what] - bare[what]) / r['weights']:+.2f}"
-            for kind in ("default", "low")
-            for what in ("steady", "peak")
+            for kind in kinds
+            for what in figures
         ]
         body.append([r["model"], *cells])
     return _table(head, body)

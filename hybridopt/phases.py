@@ -171,8 +171,9 @@ def predicted_step(run: Run) -> Done:
     run.space.refresh()
     rates = run.rates()
     release_unsharded(run.model)
-    finite = move_weights(run, controller.scaled(rates), 1.0 / plan.horizon)
+    # First, so that nobody looks gradients up that mean nothing here.
     run.clear_gradients()
+    finite = move_weights(run, controller.scaled(rates), 1.0 / plan.horizon)
     run.counters.predicted_steps += 1
     if not finite:
         run.space.roll_back()

@@ -21,7 +21,9 @@ __all__ = ["Launcher", "Table"]
 
 _THREADS = 256
 _FILL_WORDS = 440
-"""Table words per ``fill`` launch: what fits into 4 KiB of kernel arguments."""
+"""Words per ``fill`` launch: what fits into 4 KiB of kernel arguments."""
+_FILLED_FACTORS = 8 * _FILL_WORDS
+"""Coefficients that still travel as kernel arguments, in four launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Launcher:
         self._prints = Fingerprints()
         self._kernels: dict[Any, Any] = {}
         self._streams: dict[int, Any] = {}
+        self._argument = numpy.dtype([("at", "i8", (_FILL_WORDS,))])
 
     @contextmanager
     def on_stream(self) -> Iterator[int]:
@@ -109,10 +112,19 @@ class Launcher:
     def factors(self, coefficients: Tensor) -> Tensor:
         """Coefficients as the kernels read them: contiguous float32 on the device."""
         plain = coefficients.detach().to(torch.float32).contiguous()
-        if plain.device.type == "cpu" and self.device.type == "cuda":
+        if plain.device.type != "cpu":
+            return plain.to(self.device)
+        count = plain.numel()
+        if count > _FILLED_FACTORS:
             # From pageable memory the copy would wait for everything queued before.
-            return plain.pin_memory().to(self.device, non_blocking=True)
-        return plain.to(self.device)
+            pinned = plain.pin_memory() if self.device.type == "cuda" else plain
+            return pinned.to(self.device, non_blocking=True)
+        # Pinned memory would take the host three times as long.
+        pairs = self._numpy.zeros(count + count % 2, dtype="f4")
+        pairs[:count] = plain.reshape(-1).numpy()
+        words = torch.empty(len(pairs) // 2, dtype=torch.int64, device=self.device)
+        self._fill(words, 0, pairs.view("i8"))
+        return words.view(torch.float32)[:count].view(plain.shape)
 
     def table(
         self,
@@ -238,12 +250,16 @@ class Launcher:
             self._plan("own")((layout.tensors,), (_THREADS,), args)
         return table
 
-    def _fill(self, words: Tensor, begin: int, values: Sequence[int]) -> None:
-        """Write values into a table's words, from ``begin`` on."""
+    def _fill(self, words: Tensor, begin: int, values: Any) -> None:
+        """Write int64 values, a sequence or an array, to ``words[begin:]``.
+
+        They travel as kernel arguments: no host buffer has to stay alive.
+        """
         fill = self._plan("fill")
+        values = self._numpy.asarray(values, dtype="i8")
         for start in range(0, len(values), _FILL_WORDS):
             part = values[start : start + _FILL_WORDS]
-            held = self._numpy.zeros(1, dtype=[("at", "i8", (_FILL_WORDS,))])
+            held = self._numpy.zeros(1, dtype=self._argument)
             held["at"][0, : len(part)] = part
             to = words.data_ptr() + 8 * (begin + start)
             fill((1,), (_THREADS,), (to, len(part), held))

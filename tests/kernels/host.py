@@ -105,13 +105,13 @@ class HostLauncher(Launcher):
 
         def run(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
             assert block[0] <= 1024
-            held = [self._argument(a) for a in args]
+            held = [self._converted(a) for a in args]
             pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
             entry(grid[0], THREADS, pointers)
 
         return run
 
-    def _argument(self, value: Any) -> Any:
+    def _converted(self, value: Any) -> Any:
         if isinstance(value, int):
             return ctypes.c_longlong(value)
         if isinstance(value, self._numpy.ndarray):

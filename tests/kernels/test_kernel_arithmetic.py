@@ -198,6 +198,14 @@ def test_tables_longer_than_one_fill_reach_every_tensor(ops):
     assert_close(ops.observe(g, [g]), want)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (301,), (441, 2), (1760, 2), (1761, 2)])
+def test_coefficients_reach_the_kernels_whichever_way_they_travel(ops, shape):
+    coefficients = torch.randn(shape, dtype=torch.float64)
+    travelled = ops.launcher.factors(coefficients)
+    assert travelled.shape == shape and travelled.is_contiguous()
+    assert torch.equal(travelled, coefficients.float())
+
+
 def adamw_reference(theta, grads, steps, **options):
     parameters = [torch.nn.Parameter(t.clone()) for t in theta]
     optimizer = torch.optim.AdamW(parameters, foreach=False, **options)
