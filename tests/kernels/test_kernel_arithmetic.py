@@ -202,7 +202,8 @@ def test_tables_longer_than_one_fill_reach_every_tensor(ops):
 def test_coefficients_reach_the_kernels_whichever_way_they_travel(ops, shape):
     coefficients = torch.randn(shape, dtype=torch.float64)
     travelled = ops.launcher.factors(coefficients)
-    assert travelled.shape == shape and travelled.is_contiguous()
+    assert travelled.shape == shape
+    assert travelled.is_contiguous()
     assert torch.equal(travelled, coefficients.float())
 
 
