@@ -29,8 +29,8 @@ def markdown(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if any(row["memory"] for row in rows):
         parts += [
             "\nDevice memory beyond the bare base's, in copies of the weights (eager, "
-            "the size's own batch,\n`torch.cuda.max_memory_allocated`; requested: at the "
-            "peak, before the allocator rounds up).\n",
+            "the size's own batch,\n`torch.cuda.max_memory_allocated`; requested: at "
+            "the peak, before the allocator rounds up).\n",
             _memory(rows),
         ]
     return "\n".join(parts) + "\n"
