@@ -69,6 +69,7 @@ def digest(run: Run, taken: Pending) -> Observation:
         partial=taken.extent is not Extent.WHOLE or not taken.anchored,
         move=taken.move,
         before_turn=taken.before_turn,
+        drift_measured=taken.extent is Extent.WHOLE or taken.extent.along_drift,
     )
 
 
@@ -103,7 +104,7 @@ def advance(run: Run, observation: Observation, *, planned: bool = False) -> Non
     """
     controller = run.controller
     slept = controller.sleeps_deeply
-    controller.advance_real(observation, planned=planned)
+    controller.advance_real(observation.learning_rate, planned=planned)
     if slept and not controller.sleeps_deeply:
         # The window went on filling in the sleep; what it holds is no window's drift.
         run.space.restart_window()

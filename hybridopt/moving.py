@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -61,15 +61,16 @@ def take_base_step(
         skip: 0-dim, 1.0 when the base must leave everything as it is; for fused bases,
             which read it on the device under the name that GradScaler uses.
         gains: (L,) of a move along s to make in the same pass, if that can be done.
-        extent: If not whole, nobody needs the displacement; and with no move to come,
-            no buffers either.
+        extent: If not whole, nobody needs the displacement; and with no move to take
+            back behind it, no buffers either.
 
     Returns:
         Whether that move was made.
     """
-    ready, made = run.space.ready, False
-    dozes = extent is not Extent.WHOLE
-    if ready and not dozes:
+    made = False
+    dozes, turning = extent is not Extent.WHOLE, extent is Extent.TURN
+    ready = not dozes and run.space.ready
+    if ready:
         run.space.before_base()
     started = time.perf_counter()
     if skip is not None:
@@ -82,38 +83,56 @@ def take_base_step(
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
     if dozes:
-        run.space.doze(windows=extent is Extent.DRIFT)
+        run.space.doze(windows=run.controller.coasting, due=turning)
     elif ready:
         made = run.space.after_base(gains)
-    if not run.space.complete():
+    # A parameter that is new waits until something is measured.
+    if extent is not Extent.GLANCE and not run.space.complete():
         run.space.allocate()
-    if not dozes:
+    if not dozes or turning:
         run.keep_buffers()
     return made
 
 
 def plan_move(
-    run: Run, observation: Observation, verdict: Verdict, rates: Tensor
+    run: Run,
+    observation: Observation,
+    verdict: Verdict,
+    rates: Tensor,
+    extent: Extent,
 ) -> Planned:
     """Choose the move behind a real step; moves nothing.
+
+    Where the step's displacement is not taken in there is nothing to move along but the
+    drift, and that only as its window turns.
 
     Args:
         run: Its predictor has taken in ``observation``.
         observation: The newest one that was taken in.
         verdict: On that one.
         rates: (L,) learning rates of the step whose displacement is to move.
+        extent: Of that step.
     """
     if not run.controller.warm or run.controller.asleep or not run.space.anchored:
         return Planned()
     assert observation.slopes is not None
     forecast = run.predictor.forecast(observation.slopes)
     plain = forecast
-    forecast = correcting.correct(run, forecast)
+    whole = extent is Extent.WHOLE
+    if whole:
+        forecast = correcting.correct(run, forecast)
+    else:
+        if not forecast.turns_window:
+            run.controller.expect_turn(forecast)
+            return Planned()
+        along_drift = forecast.coefficients.clone()
+        along_drift[:, STEP] = 0.0
+        forecast = replace(forecast, coefficients=along_drift)
     allowed = run.monitor.may_predict(run.counters.steps)
     move = run.controller.schedule(
         observation, verdict, forecast, rates, observation.slopes, allowed
     )
-    if move is not None and run.config.residual.enabled:
+    if move is not None and whole and run.config.residual.enabled:
         move.predicted, move.latent = plain.coefficients, plain.latent
         move.slopes = observation.slopes
     return Planned(forecast, move)

@@ -22,6 +22,7 @@ from hybridopt import correcting, quasi_newton
 from hybridopt.closure import forward_only
 from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
+from hybridopt.glancing import Glance, glance, pass_by
 from hybridopt.measuring import advance, count_skip, digest, largest, learn, settle
 from hybridopt.moving import (
     Planned,
@@ -80,6 +81,11 @@ def real_step(
     run.space.refresh()
     run.settle()
     extent = run.controller.extent if run.space.can_doze else Extent.WHOLE
+    if extent is Extent.GLANCE:
+        seen = glance(run, loss)
+        if seen is not None:
+            return _glanced_step(run, seen, step_base)
+        extent = run.controller.extent_without_glances
     taken = Pending(
         step=run.counters.steps,
         reading=run.space.observe(loss, extent),
@@ -124,7 +130,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
             mover = Mover.SECANT
             run.counters.secant_moves += 1
     elif newton.quiet:
-        planned = plan_move(run, observation, verdict, taken.rates)
+        planned = plan_move(run, observation, verdict, taken.rates, extent)
         mover = begin_move(run, planned)
     if not run.controller.plan.runs_backward:
         # Only a predicted step has to tell these gradients from fresh ones.
@@ -153,7 +159,7 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     taken.move, run.controller.move = run.controller.move, None
     planned = Planned()
     if before is not None:
-        planned = plan_move(run, *before, taken.rates)
+        planned = plan_move(run, *before, taken.rates, taken.extent)
     made = take_base_step(run, step_base, flag, planned.gains, extent=taken.extent)
     run.pending = taken
     run.counters.real_steps += 1
@@ -161,6 +167,18 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     if not run.controller.plan.runs_backward:
         run.mark_consumed()
     return replace(_done(planned, mover, taken), complete=False)
+
+
+def _glanced_step(run: Run, seen: Glance, step_base: Callable[[], Any]) -> Done:
+    """The base's own step and no more, with finite numbers and no move to judge."""
+    take_base_step(run, step_base, extent=Extent.GLANCE)
+    pass_by(run, seen)
+    return Done(
+        Mover.NONE,
+        seen.loss,
+        gradient_norm=seen.gradient_norm,
+        learning_rate=run.top_rate(),
+    )
 
 
 def predicted_step(run: Run) -> Done:

@@ -72,8 +72,20 @@ class Extent(enum.Enum):
     DRIFT = "drift"
     """Coasting: the gradient's norm and its product with the drift, while one-step
     moves are worth nothing but drift moves are."""
+    TURN = "turn"
+    """As DRIFT, and the drift window may turn behind the step: it is brought up to
+    date."""
     NORM = "norm"
     """Asleep: the gradient's norm alone."""
+    GLANCE = "glance"
+    """Asleep or coasting: whether loss and gradient are finite. Nobody judges them and
+    nobody learns from them. Where the host would have to wait for even that, the step
+    is measured as if it were DRIFT or NORM."""
+
+    @property
+    def along_drift(self) -> bool:
+        """Whether the drift is measured, and the displacement along the step is not."""
+        return self in (Extent.DRIFT, Extent.TURN)
 
 
 class Level(enum.IntEnum):
@@ -181,6 +193,8 @@ class Observation:
     before_turn: bool = False
     """Whether the drift window turned after this was measured but before it was taken
     in: its drift column then still belongs to the direction before."""
+    drift_measured: bool = True
+    """Whether the DRIFT column was measured; else it is zero."""
 
     @property
     def moved_progress(self) -> float:

@@ -28,7 +28,7 @@ ROWS = [
     ["run"],
     ["assembly", "calling", "gradients"],
     ["quasi_newton", "correcting", "checkpoint", "statistics", "skipping"],
-    ["measuring", "moving"],
+    ["measuring", "moving", "glancing"],
     ["phases"],
     ["recording"],
     ["optimizer"],

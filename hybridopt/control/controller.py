@@ -43,16 +43,23 @@ IDLE_PROGRESS = 0.03
 """A move worth less than this many steps does not pay for its bookkeeping."""
 IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
-IDLE_STEPS = 60
-"""Real steps in a row with idle moves before the optimizer goes to sleep."""
-COASTING_IDLE_STEPS = 30
-"""The same before it coasts, which gives up less."""
+IDLE_STEPS = 20
+"""Real steps in a row with idle moves before the optimizer coasts or goes to sleep."""
 WAKING_STEPS = 2
 """Last steps of a sleep at which weight space works again: when the sleep ends, a plan
 needs the base's newest displacement and the slopes of the one before."""
+PROBING_STEPS = 8
+"""Whole steps between one sleep and the next."""
+GLANCES = 2
+"""Coasting, one real step in so many is measured along the drift. Halves the host's
+work; a window still has 20 measurements."""
+DEEP_GLANCES = 8
+"""Asleep, one real step in so many is judged, so that the monitor keeps up."""
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
 LONGEST_COASTING_STEPS = 256
+TURNING_STEPS = 2
+"""Coasting, real steps before a drift window is full in which plans are made."""
 
 
 class Controller:
@@ -102,18 +109,30 @@ class Controller:
     @property
     def extent(self) -> Extent:
         """What is needed of this real step: all of it unless asleep or coasting, not
-        about to wake up or to turn the window, and with no move to measure.
+        about to wake up, and with no move to measure.
         """
         if self.sleep_steps <= WAKING_STEPS or self.move is not None:
             return Extent.WHOLE
         if not self.coasting:
-            return Extent.NORM
-        return Extent.WHOLE if self._turning else Extent.DRIFT
+            judged = self.real_steps % DEEP_GLANCES == 0
+            return Extent.NORM if judged else Extent.GLANCE
+        if self._turning:
+            return Extent.TURN
+        measured = self.real_steps % GLANCES == 0
+        return Extent.DRIFT if measured else Extent.GLANCE
+
+    @property
+    def extent_without_glances(self) -> Extent:
+        """The same where the host cannot look without waiting."""
+        extent = self.extent
+        if extent is not Extent.GLANCE:
+            return extent
+        return Extent.DRIFT if self.coasting else Extent.NORM
 
     @property
     def _turning(self) -> bool:
-        # One more than to wake up: plans may be made one real step late.
-        return self._turns_in <= WAKING_STEPS + 1
+        # Plans may be made one real step late.
+        return self._turns_in <= TURNING_STEPS
 
     def lr_ratio(self, rate: float) -> float:
         """This real step's learning rate over the previous one's; 1 at first."""
@@ -153,11 +172,11 @@ class Controller:
 
     # -- planning -----------------------------------------------------------------
 
-    def advance_real(self, observation: Observation, *, planned: bool = False) -> None:
+    def advance_real(self, rate: float, *, planned: bool = False) -> None:
         """Count an accepted real step and end warm-up when it is over.
 
         Args:
-            observation: The step's.
+            rate: The step's largest learning rate.
             planned: Whether a Predict phase has begun behind the step already; then
                 its plan stands.
 
@@ -167,8 +186,8 @@ class Controller:
         """
         # The first rate says nothing yet about where the rates are going.
         first = self._last_rate == 0.0
-        rising = first or observation.lr_ratio > 1.0 + 1e-9
-        self._last_rate = observation.learning_rate
+        rising = first or self.lr_ratio(rate) > 1.0 + 1e-9
+        self._last_rate = rate
         self.real_steps += 1
         if self.sleep_steps:
             self.sleep_steps -= 1
@@ -178,6 +197,10 @@ class Controller:
         if not planned:
             self._since_predict += 1
             self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
+
+    def expect_turn(self, forecast: Forecast) -> None:
+        """Coasting: take in when the drift window turns; no move before it does."""
+        self._turns_in = forecast.turns_in
 
     def schedule(
         self,
@@ -289,10 +312,9 @@ class Controller:
             return  # a plan made while coasting says nothing new
         self._idle_steps += 1
         drifts = forecast.drift_gain >= IDLE_DRIFT
-        patience = COASTING_IDLE_STEPS if drifts else IDLE_STEPS
-        if self._idle_steps >= patience:
+        if self._idle_steps >= IDLE_STEPS:
             longest = LONGEST_COASTING_STEPS if drifts else LONGEST_SLEEP_STEPS
-            self._idle_steps = patience // 2  # a shorter probe after each sleep
+            self._idle_steps = IDLE_STEPS - PROBING_STEPS
             self.coasting = drifts
             self.sleep_steps = min(self._sleep_length, longest)
             self._sleep_length = min(2 * self._sleep_length, longest)

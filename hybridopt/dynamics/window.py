@@ -37,6 +37,8 @@ class WindowGains:
 
     Where the mean of cos over tensors is negative, every gain falls to at most 0.4 a.
 
+    Steps whose gradient was not measured along d count, and add nothing to either sum.
+
     Running dots need no gradient buffer; the mean gradient's own norm is replaced by
     the root of the summed squares, which is what it is when noise dominates.
 
@@ -95,6 +97,8 @@ class WindowGains:
             self._dots = torch.zeros_like(self._dots)
             self._gradients = torch.zeros_like(self._gradients)
         self.count += 1
+        if not observation.drift_measured:
+            return
         self._dots = self._dots - observation.dots[:, DRIFT]
         self._gradients = self._gradients + observation.gradient_sq
         self._direction = observation.basis_sq[:, DRIFT]

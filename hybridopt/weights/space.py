@@ -154,10 +154,10 @@ class WeightSpace:
             if not bucket.gradients:
                 continue
             newcomer = not bucket.tracked
-            if extent is Extent.NORM or (extent is Extent.DRIFT and newcomer):
+            if extent is Extent.NORM or (extent.along_drift and newcomer):
                 values = self.ops.observe(bucket.gradients, [])
                 reading.add_statistics(bucket.rows, values)
-            elif extent is Extent.DRIFT:
+            elif extent.along_drift:
                 drift, square = [bucket.drifts], [bucket.drift_sq]
                 values = self.ops.observe(bucket.gradients, drift, square)
                 reading.add_statistics(bucket.rows, values, DRIFT)
@@ -226,19 +226,20 @@ class WeightSpace:
         """Whether no move has to be taken back and the anchor starts the lag's way."""
         return not self.moved and (self.anchored or self._lag.steps > 0)
 
-    def doze(self, *, windows: bool) -> None:
+    def doze(self, *, windows: bool, due: bool = False) -> None:
         """Instead of ``before_base`` and ``after_base``, while nobody needs s.
 
         Only the EMA goes on, and once in a few steps at that.
 
         Args:
             windows: Whether the drift window goes on with it.
+            due: Whether they have to be up to date behind this step.
         """
         self._slopes = []
         self.stepped = False
         self._lag.windows = windows
         self._lag.steps += 1
-        self.anchored = self._lag.due
+        self.anchored = due or self._lag.due
         if self.anchored:
             self._catch_up()
 

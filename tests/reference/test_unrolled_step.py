@@ -6,6 +6,7 @@ from torch import nn
 
 from hybridopt import HybridPredictOptimizer, Phase
 from hybridopt.config import DriftConfig, FixedHorizon, SecantConfig
+from hybridopt.control.controller import IDLE_STEPS
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
 from tests.problems import assert_same_bits
@@ -143,6 +144,6 @@ def test_idle_moves_put_the_optimizer_to_sleep_and_probes_grow_rarer():
     for _ in range(900):
         opt.step(lambda: 0.5 * (weight**2).sum())
         asleep.append(opt.run.controller.asleep)
-    assert not any(asleep[:50])
+    assert not any(asleep[:IDLE_STEPS])
     assert sum(asleep[450:]) / 450 > sum(asleep[:450]) / 450
     assert sum(asleep) > 600

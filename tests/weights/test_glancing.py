@@ -1,0 +1,153 @@
+"""Steps only glanced at: nothing bad passes, and what was left out is known."""
+
+import math
+
+import pytest
+import torch
+
+from hybridopt import HybridPredictOptimizer
+from hybridopt.config import DriftConfig, GainConfig, Prior, SecantConfig
+from hybridopt.control.controller import DEEP_GLANCES
+from hybridopt.dynamics.window import WindowGains
+from hybridopt.types import Extent
+from tests.problems import assert_same_bits, regression, train
+
+K = 12
+OFF = SecantConfig(enabled=False)
+IDLE = GainConfig(rate=0.0, initial=0.0, minimum=0.0)
+
+
+def _build(problem, **overrides):
+    base = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    settings = {
+        "predictor": Prior(),
+        "secant": OFF,
+        "gain": IDLE,
+        "drift": DriftConfig(window_steps=K, minimum=0.3),
+        "warmup_steps": 5,
+        **overrides,
+    }
+    return HybridPredictOptimizer(base, **settings)
+
+
+def _glance(problem, opt, limit=120):
+    """Train up to a step that is only glanced at; the number of steps made."""
+    for step in range(limit):
+        if opt.run.controller.extent is Extent.GLANCE and opt.run.space.can_doze:
+            return step
+        train(problem, opt, 1, start=step)
+    raise AssertionError("never glanced")
+
+
+@pytest.fixture
+def glancing():
+    problem = regression()
+    opt = _build(problem)
+    return problem, opt, _glance(problem, opt)
+
+
+def test_a_glance_measures_neither_drift_nor_verdict(glancing, monkeypatch):
+    problem, opt, step = glancing
+    for name in ("judge", "absorb"):
+        monkeypatch.setattr(type(opt.run.monitor), name, None)
+    monkeypatch.setattr(type(opt.run.space), "observe", None)
+    windows = opt.run.predictor.window
+    before, sums = windows.count, windows._gradients.clone()
+    train(problem, opt, 1, start=step)
+    assert windows.count == before + 1
+    assert torch.equal(windows._gradients, sums)
+
+
+def test_the_record_of_a_glance_tells_loss_and_gradient_norm(glancing):
+    problem, opt, step = glancing
+    loss = problem.loss(step)
+    found = torch.autograd.grad(loss, list(problem.model.parameters()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in found))
+    real = opt.statistics()["real_steps"]
+    train(problem, opt, 1, start=step)
+    assert opt.last_step.loss == pytest.approx(float(loss.detach()))
+    assert opt.last_step.gradient_norm == pytest.approx(norm, rel=1e-5)
+    assert opt.statistics()["real_steps"] == real + 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_never_passes_as_a_glance(glancing, bad, where):
+    problem, opt, step = glancing
+    before = problem.weights()
+
+    def closure():
+        opt.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()
+        if where == "loss":
+            return loss * bad
+        next(problem.model.parameters()).grad.view(-1)[0] = bad
+        return loss
+
+    opt.step(closure)
+    assert_same_bits(before, problem.weights())
+    assert opt.statistics()["skipped_steps"] == 1
+    assert opt.run.controller.extent is Extent.GLANCE
+
+
+def test_a_rate_that_is_no_number_never_passes_as_a_glance(glancing):
+    problem, opt, step = glancing
+    before = problem.weights()
+    opt.param_groups[0]["lr"] = math.nan
+    opt.step(lambda: problem.loss(step))
+    assert_same_bits(before, problem.weights())
+
+
+def test_where_ranks_must_agree_nobody_glances(glancing, monkeypatch):
+    problem, opt, step = glancing
+    seen = []
+    observe = type(opt.run.space).observe
+
+    def watched(self, loss, extent=Extent.WHOLE):
+        seen.append(extent)
+        return observe(self, loss, extent)
+
+    monkeypatch.setattr(type(opt.run.collective), "world_size", 2, raising=False)
+    monkeypatch.setattr(type(opt.run.space), "observe", watched)
+    opt.step(lambda: problem.loss(step))
+    assert seen == [Extent.DRIFT]
+
+
+def test_asleep_one_step_in_eight_is_judged():
+    problem = regression()
+    opt = _build(problem, drift=DriftConfig(enabled=False))
+    train(problem, opt, 30)
+    opt.run.controller.sleep_steps, opt.run.controller.coasting = 200, False
+    before = opt.run.monitor.state_dict()["absorbed"]
+    train(problem, opt, 5 * DEEP_GLANCES, start=30)
+    assert opt.run.monitor.state_dict()["absorbed"] == before + 5
+
+
+def test_moves_are_still_made_as_windows_turn(glancing):
+    problem, opt, step = glancing
+    moves = opt.statistics()["folded_moves"]
+    turned = opt.run.predictor.window.windows
+    coasted = 0
+    for i in range(step, step + 4 * K):
+        coasted += opt.run.controller.asleep
+        train(problem, opt, 1, start=i)
+    assert coasted > K
+    assert opt.run.predictor.window.windows >= turned + 3
+    assert opt.statistics()["folded_moves"] >= moves + 3
+
+
+def test_window_sums_leave_out_what_was_not_measured():
+    problem = regression()
+    opt = _build(problem)
+    step = _glance(problem, opt)
+    windows: WindowGains = opt.run.predictor.window
+    windows.count = 0
+    windows._gradients = torch.zeros_like(windows._gradients)
+    norms = 0.0
+    for i in range(step, step + 6):
+        extent = opt.run.controller.extent
+        train(problem, opt, 1, start=i)
+        if extent is not Extent.GLANCE:
+            norms += opt.last_step.gradient_norm**2
+    assert float(windows._gradients.sum()) == pytest.approx(norms, rel=1e-5)
