@@ -243,6 +243,8 @@ def _ablation(kind: str) -> Any:
             return config.GainConfig(boost=0.0, eager=0.0)
         case "at most 16":
             return config.GainConfig(maximum=16.0)
+        case "alone too":
+            return config.GainConfig(lone_maximum=128.0)
         case "no gains":
             return config.GainConfig(rate=0.0, initial=0.0, minimum=0.0)
         case "every 4 phases":
@@ -296,6 +298,7 @@ ABLATIONS = (
     _hybrid_arm("no-relaxation", "gain", "no relaxation"),
     _hybrid_arm("no-headroom", "gain", "no headroom"),
     _hybrid_arm("gain-16", "gain", "at most 16"),
+    _hybrid_arm("alone", "gain", "alone too"),
     _hybrid_arm("no-drift", "drift", "no drift"),
     _hybrid_arm("no-secant", "secant", "no secant"),
     _moments_arm("shrink"),

@@ -52,6 +52,9 @@ class GainConfig(Checked, frozen=True, kw_only=True):
     """Smallest gain; keeps a way back up."""
     maximum: Positive = 128.0
     """Largest gain, in base steps."""
+    lone_maximum: Positive = 16.0
+    """Largest gain of one tensor that the others do not bear out: more takes headroom,
+    or gains of all tensors that are at least a quarter of it in the geometric mean."""
     significance: NonNegative = 1.0
     """t0, standard errors by which the mean alignment must differ from zero before
     its gain changes."""

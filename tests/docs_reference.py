@@ -43,6 +43,7 @@ UNITS = {
     "GainConfig.initial": "base steps",
     "GainConfig.minimum": "base steps",
     "GainConfig.maximum": "base steps",
+    "GainConfig.lone_maximum": "base steps",
     "GainConfig.significance": "standard errors",
     "GainConfig.memory": "per real step",
     "GainConfig.relaxation": "per real step",

@@ -22,6 +22,8 @@ DRIFT_MEMORY = 0.95
 """Decay per real step of the drift alignments, which only the features look at."""
 ROLLBACK_FACTOR = 0.25
 _TINY = 1e-30
+TOGETHER = 4.0
+"""Geometric means of all gains that any of them may reach."""
 FADE = 0.7
 """Factor on gains per real step while the loss does not bear their promises out."""
 
@@ -51,12 +53,14 @@ class AlignmentGains:
 
     m and q are kept bias-corrected: m += w (c - m) with w = (1 - rho) / (1 - rho^n).
 
-    Two amendments by measurement (docs/research-notes.md, "Gains that rest"):
+    Three amendments by measurement (docs/research-notes.md, "Gains that rest"):
 
     * Where |t| < t0 a gain relaxes: log a -= r log(a / a_min). Noise passes t0 about as
       often upwards as downwards, so without it gains wander over their whole range.
     * With headroom h (``Headroom``) growth is (1 + boost h) times as fast, and the
       first gains are a_0 (eager / a_0)^h instead of a_0.
+    * A gain that grows alone is bounded: at most b (a_max / b)^H, H the credit of
+      headroom seen lately and b the larger of ``lone_maximum`` and 4 geometric means.
 
     Source: with memory 0 and no significance this is hypergradient adaptation of a
     per-tensor rate (Baydin et al. 2018, arXiv 1703.04782) in the form of a move.
@@ -77,6 +81,8 @@ class AlignmentGains:
         initial = _row(gain.initial, 0.0)
         self._initial = initial.clamp(self._minimum, self._maximum)
         self._relaxation = gain.relaxation
+        self._lone_maximum = gain.lone_maximum
+        self._largest = gain.maximum
         self._rest = _row(gain.minimum, 0.0)
         self._relaxes = gain.relaxation > 0.0 and gain.minimum > 0.0
         self._boost = gain.boost
@@ -150,6 +156,22 @@ class AlignmentGains:
             relaxed = (self._rest / self.gains.clamp_min(_TINY)).pow_(self._relaxation)
             factor = torch.where(quiet, relaxed, factor)
         self.gains = factor.mul_(self.gains).clamp_(self._minimum, self._maximum)
+        self._bound_loners()
+
+    def _bound_loners(self) -> None:
+        """Take back what a few gains have grown beyond all others.
+
+        Where the rate is too low all tensors say so. A single one that keeps asking is
+        one whose alignment is cheap to keep, and large gains on it cost the others.
+        """
+        steps = self.gains[:, STEP]
+        if self.size == 0 or float(steps.max()) <= self._lone_maximum:
+            return
+        bound = TOGETHER * float(steps.log().mean().exp())
+        bound = max(bound, self._lone_maximum)
+        if bound < self._largest:
+            bound *= (self._largest / bound) ** self.headroom.credit
+        steps.clamp_max_(bound)
 
     def hold_rate(self, lr_ratio: float) -> None:
         """Keep (1 + a) lr where it was when a scheduler raises the learning rate.

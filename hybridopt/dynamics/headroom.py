@@ -32,13 +32,18 @@ class Headroom:
     ALIGNMENT = (0.2, 0.4)
     """m between which h rises from 0 to 1."""
 
+    CREDIT_MEMORY = 0.99
+
     def __init__(self) -> None:
         self._pooled = RunningMoments(self.MEMORY)
+        self.credit = 0.0
+        """Largest h so far, less one per cent per real step since."""
 
     def add(self, alignment: Tensor) -> None:
         """Take in one real step's (L,) alignments with the step direction."""
         if alignment.numel():
             self._pooled.add(float(alignment.mean()))
+        self.credit = max(self.value, self.CREDIT_MEMORY * self.credit)
 
     @property
     def value(self) -> float:
@@ -50,12 +55,13 @@ class Headroom:
         return _ramp(t, *self.SIGNIFICANCE) * _ramp(mean, *self.ALIGNMENT)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running moments."""
-        return self._pooled.state_dict()
+        """The running moments, and the credit."""
+        return {"pooled": self._pooled.state_dict(), "credit": self.credit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._pooled.load_state_dict(state)
+        self._pooled.load_state_dict(state["pooled"])
+        self.credit = float(state["credit"])
 
 
 def _ramp(value: float, low: float, high: float) -> float:

@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+from hybridopt.config import GainConfig, HybridConfig
+from hybridopt.dynamics.gains import AlignmentGains
 from hybridopt.dynamics.headroom import Headroom
 
 
@@ -48,6 +51,41 @@ def test_headroom_of_no_tensors_is_zero_and_nan_is_no_evidence():
     assert headroom.value == before == 1.0
 
 
+def test_credit_is_the_largest_headroom_less_one_per_cent_per_step():
+    headroom = _after([0.55] * 10)
+    assert headroom.credit == pytest.approx(1.0, abs=0.05)
+    before, steps = headroom.credit, 30
+    for _ in range(steps):
+        headroom.add(torch.zeros(3, dtype=torch.float64))
+    assert headroom.value == 0.0
+    assert before * 0.99**steps <= headroom.credit < 1.0
+
+
+@pytest.mark.parametrize("headroom", [False, True])
+def test_a_gain_grows_beyond_its_bound_with_the_others_or_with_headroom(headroom):
+    def grown(lonely: bool) -> Tensor:
+        gains = AlignmentGains(HybridConfig(), 8)
+        gains.headroom.credit = float(headroom)
+        for _ in range(80):
+            evidence = torch.zeros(8, 2, dtype=torch.float64)
+            evidence[: 1 if lonely else 8, 0] = 5.0
+            gains.grow(evidence)
+        return gains.gains[:, 0]
+
+    assert float(grown(lonely=False).min()) == 128.0
+    assert float(grown(lonely=True)[0]) == (128.0 if headroom else 16.0)
+    assert float(grown(lonely=True)[1:].max()) < 0.1
+
+
+def test_bounds_hold_without_tensors_and_with_gains_of_zero():
+    AlignmentGains(HybridConfig(), 0).grow(torch.zeros(0, 2, dtype=torch.float64))
+    config = HybridConfig(gain=GainConfig(minimum=0.0))
+    gains = AlignmentGains(config, 2)
+    gains.gains[:, 0] = torch.tensor([100.0, 0.0])
+    gains.grow(torch.zeros(2, 2, dtype=torch.float64))
+    assert gains.gains[:, 0].tolist() == [16.0, 0.0]
+
+
 def test_headroom_state_continues_bit_for_bit():
     one, other = _after([0.3] * 5), Headroom()
     other.load_state_dict(one.state_dict())
@@ -56,3 +94,4 @@ def test_headroom_state_continues_bit_for_bit():
         one.add(row)
         other.add(row)
         assert one.value == other.value
+        assert one.credit == other.credit

@@ -62,7 +62,7 @@ class Twin:
 def test_prior_follows_its_literal_twin(gain, lift):
     made = build_predictor(HybridConfig(predictor=Prior(), gain=gain), SIZES, [1] * L)
     rule = [Twin(gain) for _ in range(L)]
-    pooled = Pooled()
+    pooled, credit = Pooled(), 0.0
     ratios = {40: 1.5, 41: 1.2, 55: 0.5, 70: 3.0}
     seen = set()
     for i, one in enumerate(noisy(120, L, seed=3)):
@@ -81,9 +81,12 @@ def test_prior_follows_its_literal_twin(gain, lift):
                 twin.gain *= max(gain.eager / gain.initial, 1.0) ** headroom
             if made.moving:
                 twin.grow(headroom)
+        credit = max(headroom, 0.99 * credit)
+        if made.moving:
+            hold_together(rule, gain, credit)
         if i == 90:
             made.feedback(Outcome(0, 0.0, 1, 1.0, True))
-            pooled = Pooled()
+            pooled, credit = Pooled(), 0.0
             for twin in rule:
                 twin.gain = max(twin.gain / 4, gain.minimum)
                 twin.restart()
@@ -92,6 +95,15 @@ def test_prior_follows_its_literal_twin(gain, lift):
         assert torch.allclose(said, exact, rtol=1e-9, atol=0.0), i
     assert said.std() > 0.01 or lift
     assert (1.0 in seen) == (lift > 0)
+
+
+def hold_together(rule, gain, credit):
+    """The bound on gains that grow alone, as it is written down."""
+    product = math.prod(twin.gain for twin in rule)
+    bound = max(gain.lone_maximum, 4 * product ** (1 / len(rule)))
+    bound *= max(gain.maximum / bound, 1.0) ** credit
+    for twin in rule:
+        twin.gain = min(twin.gain, bound)
 
 
 class Pooled:
