@@ -42,14 +42,21 @@ class Setup:
         if self.base == "muon":
             return peers.MuonAdamW(model, self.lr, weight_decay=self.weight_decay)
         parameters = [p for p in model.parameters() if p.requires_grad]
+        # On a GPU everybody uses torch's fused step, and so does the wrapped base.
+        fused = True if all(p.is_cuda for p in parameters) else None
+        decay = self.weight_decay
         match self.base:
             case "adam":
-                return torch.optim.Adam(parameters, lr=self.lr)
+                return torch.optim.Adam(parameters, lr=self.lr, fused=fused)
             case "sgd":
-                return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9)
+                return torch.optim.SGD(
+                    parameters, lr=self.lr, momentum=0.9, fused=fused
+                )
             case "rmsprop":
                 return torch.optim.RMSprop(parameters, lr=self.lr)
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, weight_decay=decay, fused=fused
+        )
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
         """The schedule over N steps, driving ``optimizer``."""
