@@ -52,6 +52,7 @@ def take_base_step(
     gains: Tensor | None = None,
     *,
     extent: Extent = Extent.WHOLE,
+    held: bool = False,
 ) -> bool:
     """The base's own step, with displacement and drift taken in around it.
 
@@ -63,13 +64,15 @@ def take_base_step(
         gains: (L,) of a move along s to make in the same pass, if that can be done.
         extent: If not whole, nobody needs the displacement; and with no move to come,
             no buffers either.
+        held: Whether a secant move is to undo the step's displacement, which then
+            nobody needs either.
 
     Returns:
         Whether that move was made.
     """
     ready, made = run.space.ready, False
     dozes = extent is not Extent.WHOLE
-    if ready and not dozes:
+    if ready and not (dozes or held):
         run.space.before_base()
     started = time.perf_counter()
     if skip is not None:
@@ -83,6 +86,8 @@ def take_base_step(
     run.counters.base_s += time.perf_counter() - started
     if dozes:
         run.space.doze(windows=extent is Extent.DRIFT)
+    elif ready and held:
+        run.space.hold()
     elif ready:
         made = run.space.after_base(gains)
     if not run.space.complete():

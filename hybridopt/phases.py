@@ -79,7 +79,7 @@ def real_step(
     """
     run.space.refresh()
     run.settle()
-    extent = run.controller.extent if run.space.can_doze else Extent.WHOLE
+    extent = _extent(run)
     taken = Pending(
         step=run.counters.steps,
         reading=run.space.observe(loss, extent),
@@ -98,11 +98,23 @@ def real_step(
     return _judged_step(run, taken, step_base)
 
 
+def _extent(run: Run) -> Extent:
+    """How much of a real step to measure."""
+    if run.space.held:
+        coasting = run.controller.sleep_steps > 0 and run.controller.coasting
+        return Extent.DRIFT if coasting else Extent.NORM
+    return run.controller.extent if run.space.can_doze else Extent.WHOLE
+
+
 def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:
     """The host waits for the numbers and judges before the base steps."""
     observation = digest(run, taken)
     verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
-    newton = quasi_newton.before_base(run, observation, taken.extent)
+    # Behind a secant move little was measured, because nobody needed more, not even now
+    # that the moves may have come to an end: then a whole step comes first.
+    held = run.space.held
+    extent = Extent.WHOLE if held else taken.extent
+    newton = quasi_newton.before_base(run, observation, extent)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
@@ -113,8 +125,9 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     expected = correcting.expected_displacement(run, taken.move)
     learn(run, observation)
     run.controller.move = None
-    extent = Extent.WHOLE if newton.engaged else taken.extent
-    take_base_step(run, step_base, extent=extent)
+    if newton.engaged:
+        extent = Extent.WHOLE
+    take_base_step(run, step_base, extent=extent, held=newton.engaged)
     correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     advance(run, observation)
@@ -123,7 +136,7 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
         if quasi_newton.after_base(run, observation):
             mover = Mover.SECANT
             run.counters.secant_moves += 1
-    elif newton.quiet:
+    elif newton.quiet and not held:
         planned = plan_move(run, observation, verdict, taken.rates)
         mover = begin_move(run, planned)
     if not run.controller.plan.runs_backward:
