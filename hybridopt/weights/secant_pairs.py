@@ -7,6 +7,7 @@ B the Hessian. Real steps give pairs for free.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class PairMemory:
         self.capacity = capacity
         self.count = 0
         self.head = 0
-        self._s = torch.zeros(capacity, size, dtype=dtype, device=device)
-        self._y = torch.zeros(capacity, size, dtype=dtype, device=device)
+        self._pairs = torch.zeros(2, capacity, size, dtype=dtype, device=device)
+        self._s, self._y = self._pairs
         # Sums over the stored pairs of s^2 and y^2, per weight.
         self._squares = torch.zeros(2, size, dtype=dtype, device=device)
         # Entry (i, j) is s_i . y_j, oldest pair first, valid where j is not older than
@@ -57,20 +58,30 @@ class PairMemory:
         """n, the length of the vectors."""
         return self._s.shape[1]
 
-    def add(self, s: Tensor, y: Tensor, minimum_curvature: float) -> bool:
+    def add(
+        self,
+        s: Tensor,
+        y: Tensor,
+        minimum_curvature: float,
+        sizes: Sequence[float] | None = None,
+    ) -> bool:
         """Keep a pair, in place of the oldest when full, if s.y > c ||s|| ||y||.
 
         Args:
             s: (n,) displacement; read only.
             y: (n,) change of the gradient over it; read only.
             minimum_curvature: c, which keeps the inverse Hessian positive definite.
+            sizes: s.y, ||s||^2 and ||y||^2, if they are known.
 
         Returns:
             Whether the pair was kept; False for pairs that are not finite.
 
-        Cost: one pass over the stored displacements, one copy of 3 numbers to the host.
+        Cost: one pass over the stored displacements; without ``sizes`` one copy of 3
+        numbers to the host.
         """
-        sy, ss, yy = torch.stack([s @ y, s @ s, y @ y]).tolist()
+        if sizes is None:
+            sizes = torch.stack([s @ y, s @ s, y @ y]).tolist()
+        sy, ss, yy = sizes
         if not (math.isfinite(yy) and ss > 0.0 and yy > 0.0):
             return False
         if not sy > minimum_curvature * math.sqrt(ss) * math.sqrt(yy):
@@ -78,25 +89,25 @@ class PairMemory:
         slot, scale = self.head, 1.0 / math.sqrt(ss)
         if not math.isfinite(scale):
             return False
-        if self.count == self.capacity:
-            self._squares[0].addcmul_(self._s[slot], self._s[slot], value=-1.0)
-            self._squares[1].addcmul_(self._y[slot], self._y[slot], value=-1.0)
-        torch.mul(s, scale, out=self._s[slot])
-        torch.mul(y, scale, out=self._y[slot])
-        self._squares[0].addcmul_(self._s[slot], self._s[slot])
-        self._squares[1].addcmul_(self._y[slot], self._y[slot])
+        pair = self._pairs[:, slot]
         full = self.count == self.capacity
+        if full:
+            self._squares.addcmul_(pair, pair, value=-1.0)
+        torch.mul(s, scale, out=pair[0])
+        torch.mul(y, scale, out=pair[1])
+        self._squares.addcmul_(pair, pair)
         self.count = min(self.count + 1, self.capacity)
         self.head = (slot + 1) % self.capacity
         if full:
             self._drop_oldest()
-        column = self._aged(self._s[: self.count] @ self._y[slot])
+        column = self._aged(self._s[: self.count] @ pair[1])
         end = self._first + self.count
         self._products[self._first : end, end - 1] = column
         if self.head == 0:
             # Subtracting pairs leaves rounding behind: start afresh once per round.
-            torch.sum(self._s * self._s, 0, out=self._squares[0])
-            torch.sum(self._y * self._y, 0, out=self._squares[1])
+            torch.sum(self._pairs * self._pairs, 1, out=self._squares)
+        elif full:
+            self._squares.clamp_min_(0.0)
         return True
 
     @property
@@ -135,10 +146,11 @@ class PairMemory:
         Returns:
             (n,) new tensor, not negative.
         """
-        moved, changed = self._squares.clamp_min(0.0)
+        moved, changed = self._squares
         floor = _CURVATURE_FLOOR * changed.mean() + torch.finfo(scale.dtype).tiny
-        ratio: Tensor = moved.div_(changed.add_(floor)).sqrt_()
-        return ratio.mul_(scale).sqrt_()
+        ratio = changed + floor
+        torch.div(moved, ratio, out=ratio)
+        return ratio.sqrt_().mul_(scale).sqrt_()
 
     def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:
         """H g, the L-BFGS inverse Hessian times a vector.
