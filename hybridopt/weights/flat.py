@@ -99,6 +99,7 @@ def preconditioner(
     """
     # By id: hashing a tensor costs a call.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    places = [groups[id(p)] for p in parameters]
     states = [optimizer.state.get(p, {}) for p in parameters]
     squares = [_square(s, p) for s, p in zip(states, parameters, strict=True)]
     if any(
@@ -108,15 +109,15 @@ def preconditioner(
         squares = [None] * len(squares)
     flat = flatten(
         [
-            torch.ones_like(p) if v is None else v.to(p.dtype)
+            torch.ones_like(p) if v is None else v if v.dtype is p.dtype else v.to(p)
             for v, p in zip(squares, parameters, strict=True)
         ]
     )
     scales = [
-        (1.0, 0.0) if v is None else _correction(s, groups[id(p)])
-        for v, s, p in zip(squares, states, parameters, strict=True)
+        (1.0, 0.0) if v is None else _correction(s, group)
+        for v, s, group in zip(squares, states, places, strict=True)
     ]
-    rates = [float(groups[id(p)]["lr"]) for p in parameters]
+    rates = [float(group["lr"]) for group in places]
     top = max(rates, default=0.0)
     ratios = [rate / top if top > 0.0 else 1.0 for rate in rates]
     # One pass over the flat vector when all tensors agree, which is the usual case;

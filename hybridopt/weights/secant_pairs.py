@@ -25,14 +25,14 @@ class PairMemory:
     """A ring of secant pairs that applies the L-BFGS inverse Hessian in four passes.
 
     Pairs are kept divided by ||s||, which leaves L-BFGS unchanged (it is invariant to
-    the scale of a pair) and keeps the triangular systems below well scaled.
+    the scale of a pair) and keeps the triangular matrix below well scaled.
 
     Attributes:
         capacity: m, the most pairs kept.
         count: Pairs in memory.
         head: Slot that the next pair is written to; the oldest one's once full.
 
-    Memory: 2 (m + 1) n in the parameters' dtype and 4 m^2 in float64.
+    Memory: 2 (m + 1) n in the parameters' dtype and m^2 + m in float64.
     """
 
     def __init__(
@@ -45,13 +45,12 @@ class PairMemory:
         self._s, self._y = self._pairs
         # Sums over the stored pairs of s^2 and y^2, per weight.
         self._squares = torch.zeros(2, size, dtype=dtype, device=device)
-        # Entry (i, j) is s_i . y_j, oldest pair first, valid where j is not older than
-        # i. The pairs' block slides down the diagonal of a matrix of twice their
-        # number, so that dropping the oldest moves nothing; at its end it goes back.
-        self._products = torch.zeros(
-            2 * capacity, 2 * capacity, dtype=torch.float64, device=device
+        # By slot: the inverse of R, see ``solve``, and the products s_i . y_i.
+        self._inverse = torch.zeros(
+            capacity, capacity, dtype=torch.float64, device=device
         )
-        self._first = 0
+        self._curvatures = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._newest = 0.0
 
     @property
     def size(self) -> int:
@@ -98,11 +97,8 @@ class PairMemory:
         self._squares.addcmul_(pair, pair)
         self.count = min(self.count + 1, self.capacity)
         self.head = (slot + 1) % self.capacity
-        if full:
-            self._drop_oldest()
-        column = self._aged(self._s[: self.count] @ pair[1])
-        end = self._first + self.count
-        self._products[self._first : end, end - 1] = column
+        column = self._s[: self.count].mv(pair[1])
+        self._extend_inverse(slot, column, sy * scale * scale)
         if self.head == 0:
             # Subtracting pairs leaves rounding behind: start afresh once per round.
             torch.sum(self._pairs * self._pairs, 1, out=self._squares)
@@ -110,27 +106,28 @@ class PairMemory:
             self._squares.clamp_min_(0.0)
         return True
 
-    @property
-    def products(self) -> Tensor:
-        """(k, k) view of s_i . y_j, oldest pair first; the upper triangle is valid."""
-        block = slice(self._first, self._first + self.count)
-        return self._products[block, block]
+    def _extend_inverse(self, slot: int, column: Tensor, curvature: float) -> None:
+        """Make a new pair the last row and column of R, in place of the oldest pair.
 
-    def _drop_oldest(self) -> None:
-        """Make room for one more row and column of products."""
-        if self._first + self.capacity < 2 * self.capacity:
-            self._first += 1
-            return
-        kept = slice(self._first + 1, 2 * self.capacity)
-        block = self._products[kept, kept].clone()
-        self._first, count = 0, self.capacity - 1
-        self._products[:count, :count] = block
+        The inverse of a triangular matrix holds that of every trailing block, so the
+        oldest pair leaves by its row and column alone; and with d the new diagonal
+        entry and c the column above it, the new column of the inverse is -(R^-1 c) / d
+        above 1 / d.
 
-    def _aged(self, values: Tensor) -> Tensor:
-        """(k,) by slot to (k,) by age, oldest first."""
-        if self.count < self.capacity or self.head == 0:
-            return values
-        return torch.cat((values[self.head :], values[: self.head]))
+        Args:
+            slot: Of the new pair, and of the oldest if the memory was full.
+            column: (k,) s_i . y of the new pair, by slot.
+            curvature: s . y of the new pair, d.
+        """
+        k, inverse = self.count, self._inverse
+        self._curvatures[slot] = self._newest = curvature
+        column = column.double()
+        # Times zero goes the oldest pair's column, its row by hand.
+        column[slot] = 0.0
+        inverse[slot].zero_()
+        above = inverse[:k, :k].mv(column)
+        above[slot] = -1.0
+        torch.mul(above, -1.0 / curvature, out=inverse[:k, slot])
 
     def diagonal(self, scale: Tensor) -> Tensor:
         """A diagonal estimate of the inverse Hessian, up to a common factor.
@@ -155,77 +152,61 @@ class PairMemory:
     def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:
         """H g, the L-BFGS inverse Hessian times a vector.
 
-        With S and Y the pairs as rows, oldest first, R the upper triangle of S Y',
-        D its diagonal, and H0 = gamma diag(scale), gamma = boost * s.y / y.(scale y) of
-        the newest pair, the two loops of L-BFGS are two triangular systems:
+        With S and Y the pairs as rows, R the triangle of S Y' in which no pair is older
+        than the column's, D its diagonal, and H0 = gamma diag(scale), gamma = boost *
+        s.y / y.(scale y) of the newest pair, the two loops of L-BFGS are
 
-            R a = S g,   q = g - Y'a,   r = H0 q,   R'd = D a - Y r,   H g = r + S'd.
+            a = R^-1 S g,   q = g - Y'a,   r = H0 q,   d = R^-T (D a - Y r),
+            H g = r + S'd.
 
-        Args:
-            gradient: (n,), read only.
-            scale: (n,) diagonal, not negative, read only.
-            boost: Factor on gamma.
-
-        Returns:
-            (n,) new tensor. Needs at least one pair.
-
-        Cost: two passes over S, two over Y; about 20 tensor operations whatever m is.
+        The inverse of R is kept, so that pairs stay in their slots.
 
         Source: Nocedal 1980, Math. Comp. 35; the matrix form is that of Byrd, Nocedal
         and Schnabel 1994, Math. Programming 63. Differs: H0 is a diagonal that changes
         at every call, so Y H0 Y' is not kept.
         """
-        k = self.count
+        k, dtype = self.count, gradient.dtype
         S, Y = self._s[:k], self._y[:k]
-        newest = self._y[(self.head - 1) % self.capacity]
-        # Only its upper triangle is read.
-        R = self.products
-        diagonal = R.diagonal()
-        gamma = boost * diagonal[-1] / (newest @ (scale * newest))
-        right = self._aged(S @ gradient).double().unsqueeze(1)
-        a = torch.linalg.solve_triangular(R, right, upper=True)
-        q = torch.addmv(gradient, Y.T, self._slots(a), alpha=-1.0)
-        r = q.mul_(scale).mul_(gamma.to(q.dtype))
-        right = diagonal.unsqueeze(1) * a
-        right -= self._aged(Y @ r).double().unsqueeze(1)
-        d = torch.linalg.solve_triangular(R.T, right, upper=False)
-        return torch.addmv(r, S.T, self._slots(d))
-
-    def _slots(self, values: Tensor) -> Tensor:
-        """(k, 1) float64 by age back to (k,) by slot, in the vectors' dtype."""
-        flat = values.squeeze(1).to(self._s.dtype)
-        if self.count < self.capacity or self.head == 0:
-            return flat
-        split = self.count - self.head
-        return torch.cat((flat[split:], flat[:split]))
+        inverse, curvatures = self._inverse[:k, :k], self._curvatures[:k]
+        y = Y[(self.head - 1) % self.capacity]
+        gamma = boost * self._newest / y.dot(scale * y)
+        a = inverse.mv(S.mv(gradient).double())
+        q = torch.addmv(gradient, Y.t(), a.to(dtype), alpha=-1.0)
+        r = q.mul_(scale).mul_(gamma)
+        d = inverse.t().mv(a.mul_(curvatures).sub_(Y.mv(r)))
+        return torch.addmv(r, S.t(), d.to(dtype))
 
     def clear(self) -> None:
         """Forget every pair; the buffers stay."""
-        self.count = self.head = self._first = 0
+        self.count = self.head = 0
         self._squares.zero_()
+        self._inverse.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Pairs in memory and their products, copied."""
+        """Pairs in memory and what was made of them, copied."""
         k = self.count
         return {
             "capacity": self.capacity,
             "head": self.head,
             "s": self._s[:k].clone(),
             "y": self._y[:k].clone(),
-            "products": self.products.clone(),
+            "inverse": self._inverse[:k, :k].clone(),
+            "curvatures": self._curvatures[:k].clone(),
+            "newest": self._newest,
             "squares": self._squares.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises CheckpointError and changes nothing when it does not fit."""
-        s, y, products = state["s"], state["y"], state["products"]
+        s, y, inverse = state["s"], state["y"], state["inverse"]
         k, head = int(s.shape[0]), int(state["head"])
         fits = (
             int(state["capacity"]) == self.capacity
             and 0 <= k <= self.capacity
             and head == (k if k < self.capacity else head) % self.capacity
             and s.shape == y.shape == (k, self.size)
-            and products.shape == (k, k)
+            and inverse.shape == (k, k)
+            and state["curvatures"].shape == (k,)
             and state["squares"].shape == (2, self.size)
         )
         if not fits:
@@ -235,7 +216,9 @@ class PairMemory:
                 "the model and configuration that the checkpoint was saved with."
             )
         self._s[:k], self._y[:k] = s, y
-        self._first = 0
-        self._products[:k, :k] = products
+        self._inverse.zero_()
+        self._inverse[:k, :k] = inverse
+        self._curvatures[:k] = state["curvatures"]
+        self._newest = float(state["newest"])
         self._squares.copy_(state["squares"])
         self.count, self.head = k, head
