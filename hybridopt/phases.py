@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,8 +142,10 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     if not run.controller.plan.runs_backward:
         # Only a predicted step has to tell these gradients from fresh ones.
         run.mark_consumed()
-    return replace(
-        _done(planned, mover, taken),
+    return _done(
+        planned,
+        mover,
+        taken,
         loss=observation.loss,
         verdict=verdict,
         gradient_norm=observation.gradient_norm,
@@ -173,7 +175,7 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     mover = begin_move(run, planned, made=made)
     if not run.controller.plan.runs_backward:
         run.mark_consumed()
-    return replace(_done(planned, mover, taken), complete=False)
+    return _done(planned, mover, taken, complete=False)
 
 
 def predicted_step(run: Run) -> Done:
@@ -322,17 +324,25 @@ def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
-def _done(planned: Planned, mover: Mover, taken: Pending) -> Done:
-    """What is known of a real step without its numbers."""
+def _done(
+    planned: Planned,
+    mover: Mover,
+    taken: Pending,
+    loss: float = math.nan,
+    **known: Any,
+) -> Done:
+    """What is known of a real step, its numbers being ``known`` or not."""
     forecast, move = planned.forecast, planned.move
+    rate = largest(taken.rates)
     if forecast is None:
-        return Done(mover, math.nan, learning_rate=largest(taken.rates))
+        return Done(mover, loss, learning_rate=rate, **known)
     return Done(
         mover,
-        math.nan,
+        loss,
         horizon=0 if move is None else move.horizon,
         confidence=forecast.confidence,
         progress=forecast.progress,
         gain=float(forecast.coefficients[:, STEP].mean()),
-        learning_rate=largest(taken.rates),
+        learning_rate=rate,
+        **known,
     )

@@ -73,7 +73,7 @@ class Extent(enum.Enum):
     """Coasting: the gradient's norm and its product with the drift, while one-step
     moves are worth nothing but drift moves are."""
     NORM = "norm"
-    """Asleep: the gradient's norm alone."""
+    """Asleep, or behind a secant move: the gradient's norm alone."""
 
 
 class Level(enum.IntEnum):

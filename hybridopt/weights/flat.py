@@ -45,7 +45,7 @@ def supports(parameters: Sequence[Tensor]) -> bool:
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """A new (n,) tensor with all elements, detached; never a view of the input."""
     with torch.no_grad():
-        flat: Tensor = _flatten_dense_tensors(tensors)
+        flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
         # Of a single tensor that is a view.
         return flat.clone() if len(tensors) == 1 else flat
 
@@ -75,7 +75,8 @@ def set_flat_(tensors: Sequence[Tensor], flat: Tensor) -> None:
             f"flat vector of {flat.numel()} elements: must have {size}, the "
             "number of elements of the tensors. Flatten the same list of tensors."
         )
-    torch._foreach_copy_(list(tensors), list(_unflatten_dense_tensors(flat, tensors)))
+    pieces = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
+    torch._foreach_copy_(list(tensors), list(pieces))
 
 
 @torch.no_grad()

@@ -203,8 +203,9 @@ class SecantMover:
         """Where the shortened move leads, after a rejection.
 
         Returns:
-            (n,) x + shrink^r J, new: the weights to go to. None after ``max_rejects`` rejections in a row: then the weights stay at the
-            anchor, nothing is pending, and the next real step may propose again.
+            (n,) x + shrink^r J, new: the weights to go to. None after ``max_rejects``
+            rejections in a row: then the weights stay at the anchor, nothing is
+            pending, and the next real step may propose again.
         """
         if self._direction is None or self._position is None:
             return None
@@ -263,9 +264,7 @@ class SecantMover:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises CheckpointError and changes nothing on a mismatch."""
-        vectors = {
-            name: state[name] for name in ("position", "gradient", "direction")
-        }
+        vectors = {name: state[name] for name in ("position", "gradient", "direction")}
         sizes = {v.numel() for v in vectors.values() if v is not None}
         pairs = state["memory"]
         if pairs is not None:

@@ -42,9 +42,10 @@ class PairMemory:
         self.count = 0
         self.head = 0
         self._pairs = torch.zeros(2, capacity, size, dtype=dtype, device=device)
-        self._s, self._y = self._pairs
+        self._s, self._y = self._pairs.unbind(0)
         # Sums over the stored pairs of s^2 and y^2, per weight.
         self._squares = torch.zeros(2, size, dtype=dtype, device=device)
+        self._moved, self._changed = self._squares.unbind(0)
         # By slot: the inverse of R, see ``solve``, and the products s_i . y_i.
         self._inverse = torch.zeros(
             capacity, capacity, dtype=torch.float64, device=device
@@ -143,10 +144,9 @@ class PairMemory:
         Returns:
             (n,) new tensor, not negative.
         """
-        moved, changed = self._squares
-        floor = _CURVATURE_FLOOR * changed.mean() + torch.finfo(scale.dtype).tiny
-        ratio = changed + floor
-        torch.div(moved, ratio, out=ratio)
+        floor = self._changed.mean().mul_(_CURVATURE_FLOOR)
+        ratio = self._changed + floor.add_(torch.finfo(scale.dtype).tiny)
+        torch.div(self._moved, ratio, out=ratio)
         return ratio.sqrt_().mul_(scale).sqrt_()
 
     def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:

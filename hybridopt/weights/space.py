@@ -28,12 +28,7 @@ from hybridopt.weights.advancing import (
     clear,
     copy_across,
 )
-from hybridopt.weights.buckets import (
-    ANCHOR,
-    KEYS,
-    Bucket,
-    BucketTable,
-)
+from hybridopt.weights.buckets import ANCHOR, KEYS, Bucket, BucketTable
 from hybridopt.weights.lag import DozingLag, averaged
 from hybridopt.weights.local import local
 from hybridopt.weights.reading import PendingReading
@@ -130,10 +125,7 @@ class WeightSpace:
             clear(self._tracked_buckets(), drifts=True)
         self._slopes = []
         self._lag.steps = 0
-        self.stepped = self.held = False
-        self.anchored = False
-        self.moved = False
-        self._owed = False
+        self.anchored = self.stepped = self.held = self.moved = self._owed = False
 
     # -- one real step -------------------------------------------------------------
 
