@@ -147,16 +147,21 @@ class SecantMover:
             ``NoiseMeter.add`` takes: (<g, x' - x>, <g', x' - x>). None when no point
             was recorded before.
         """
-        slopes = None
+        slopes, kept = None, False
         if self._position is not None and self._gradient is not None:
             s, y = position - self._position, gradient - self._gradient
             numbers = [s @ y, s @ s, y @ y, self._gradient @ s, gradient @ s]
             *sizes, old, new = torch.stack(numbers).tolist()
-            minimum = self.config.minimum_curvature
-            self._pairs_for(position).add(s, y, minimum, sizes)
+            end = None if self._rejected else gradient
+            memory, minimum = self._pairs_for(position), self.config.minimum_curvature
+            kept = memory.add(s, y, minimum, sizes, end)
+            if kept and self._rejected:
+                memory.note(old / math.sqrt(sizes[1]))
             slopes = old, new
         if not self._rejected:
             self._position, self._gradient = position, gradient
+            if self._memory is not None and not kept:
+                self._memory.look(gradient)
         return slopes
 
     def direction(self, scale: Tensor) -> Tensor | None:
@@ -174,7 +179,7 @@ class SecantMover:
         if memory is None or gradient is None or memory.count < _MINIMUM_PAIRS:
             return None
         diagonal = memory.diagonal(scale)
-        direction = memory.solve(gradient, diagonal, _BOOST).neg_()
+        direction = memory.solve(gradient, diagonal, _BOOST, seen=True).neg_()
         slope = float(gradient @ direction)
         return direction if -math.inf < slope < 0.0 else None
 

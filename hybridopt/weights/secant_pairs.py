@@ -52,6 +52,8 @@ class PairMemory:
         )
         self._curvatures = torch.zeros(capacity, dtype=torch.float64, device=device)
         self._newest = 0.0
+        # By slot: s_i . g for the gradient g that ``look`` was last given.
+        self._seen = torch.zeros(capacity, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
@@ -64,6 +66,7 @@ class PairMemory:
         y: Tensor,
         minimum_curvature: float,
         sizes: Sequence[float] | None = None,
+        end: Tensor | None = None,
     ) -> bool:
         """Keep a pair, in place of the oldest when full, if s.y > c ||s|| ||y||.
 
@@ -72,6 +75,8 @@ class PairMemory:
             y: (n,) change of the gradient over it; read only.
             minimum_curvature: c, which keeps the inverse Hessian positive definite.
             sizes: s.y, ||s||^2 and ||y||^2, if they are known.
+            end: (n,) the gradient at the pair's end, if the one at its beginning was
+                looked at; the memory then looks at this one, in the same pass.
 
         Returns:
             Whether the pair was kept; False for pairs that are not finite.
@@ -98,7 +103,13 @@ class PairMemory:
         self._squares.addcmul_(pair, pair)
         self.count = min(self.count + 1, self.capacity)
         self.head = (slot + 1) % self.capacity
-        column = self._s[: self.count].mv(pair[1])
+        if end is None:
+            column = self._s[: self.count].mv(pair[1]).double()
+        else:
+            # S y = S g' - S g, as exact as y itself, which is such a difference too.
+            seen = self._project(end)
+            column = (seen - self._seen[: self.count]).mul_(scale)
+            self._seen[: self.count] = seen
         self._extend_inverse(slot, column, sy * scale * scale)
         if self.head == 0:
             # Subtracting pairs leaves rounding behind: start afresh once per round.
@@ -106,6 +117,24 @@ class PairMemory:
         elif full:
             self._squares.clamp_min_(0.0)
         return True
+
+    def look(self, gradient: Tensor) -> None:
+        """Say which gradient comes next, as the argument of ``solve`` and at the
+        beginning of the next pair: what the pairs make of it is needed by both.
+        """
+        self._seen[: self.count] = self._project(gradient)
+
+    def note(self, slope: float) -> None:
+        """Look at the newest pair too, which was added without an ``end``.
+
+        Args:
+            slope: s . g / ||s||, g being the gradient looked at.
+        """
+        self._seen[(self.head - 1) % self.capacity] = slope
+
+    def _project(self, vector: Tensor) -> Tensor:
+        """(k,) s_i . vector by slot, in float64."""
+        return self._s[: self.count].mv(vector).double()
 
     def _extend_inverse(self, slot: int, column: Tensor, curvature: float) -> None:
         """Make a new pair the last row and column of R, in place of the oldest pair.
@@ -117,12 +146,11 @@ class PairMemory:
 
         Args:
             slot: Of the new pair, and of the oldest if the memory was full.
-            column: (k,) s_i . y of the new pair, by slot.
+            column: (k,) float64, s_i . y of the new pair, by slot; overwritten.
             curvature: s . y of the new pair, d.
         """
         k, inverse = self.count, self._inverse
         self._curvatures[slot] = self._newest = curvature
-        column = column.double()
         # Times zero goes the oldest pair's column, its row by hand.
         column[slot] = 0.0
         inverse[slot].zero_()
@@ -149,8 +177,11 @@ class PairMemory:
         torch.div(self._moved, ratio, out=ratio)
         return ratio.sqrt_().mul_(scale).sqrt_()
 
-    def solve(self, gradient: Tensor, scale: Tensor, boost: float = 1.0) -> Tensor:
-        """H g, the L-BFGS inverse Hessian times a vector.
+    def solve(
+        self, gradient: Tensor, scale: Tensor, boost: float = 1.0, *, seen: bool = False
+    ) -> Tensor:
+        """H g, the L-BFGS inverse Hessian times a vector; ``seen`` if it is the one
+        that the memory looks at.
 
         With S and Y the pairs as rows, R the triangle of S Y' in which no pair is older
         than the column's, D its diagonal, and H0 = gamma diag(scale), gamma = boost *
@@ -170,7 +201,7 @@ class PairMemory:
         inverse, curvatures = self._inverse[:k, :k], self._curvatures[:k]
         y = Y[(self.head - 1) % self.capacity]
         gamma = boost * self._newest / y.dot(scale * y)
-        a = inverse.mv(S.mv(gradient).double())
+        a = inverse.mv(self._seen[:k] if seen else self._project(gradient))
         q = torch.addmv(gradient, Y.t(), a.to(dtype), alpha=-1.0)
         r = q.mul_(scale).mul_(gamma)
         d = inverse.t().mv(a.mul_(curvatures).sub_(Y.mv(r)))
@@ -193,6 +224,7 @@ class PairMemory:
             "inverse": self._inverse[:k, :k].clone(),
             "curvatures": self._curvatures[:k].clone(),
             "newest": self._newest,
+            "seen": self._seen[:k].clone(),
             "squares": self._squares.clone(),
         }
 
@@ -206,7 +238,7 @@ class PairMemory:
             and head == (k if k < self.capacity else head) % self.capacity
             and s.shape == y.shape == (k, self.size)
             and inverse.shape == (k, k)
-            and state["curvatures"].shape == (k,)
+            and state["curvatures"].shape == state["seen"].shape == (k,)
             and state["squares"].shape == (2, self.size)
         )
         if not fits:
@@ -220,5 +252,6 @@ class PairMemory:
         self._inverse[:k, :k] = inverse
         self._curvatures[:k] = state["curvatures"]
         self._newest = float(state["newest"])
+        self._seen[:k] = state["seen"]
         self._squares.copy_(state["squares"])
         self.count, self.head = k, head

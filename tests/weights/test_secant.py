@@ -172,6 +172,36 @@ class Loop:
         return loss
 
 
+@pytest.mark.parametrize("spoiled", [(), (9,), (9, 10), (14, 15, 16, 17)])
+def test_mover_knows_what_its_pairs_make_of_the_gradient(
+    spoiled: tuple[int, ...],
+) -> None:
+    loop = Loop(SecantMover(6, SecantConfig()))
+    for step in range(24):
+        loop.step(worse if step in spoiled else float)
+        if step == 20:
+            loop.mover.abandon()
+    memory, gradient = loop.mover._memory, loop.mover._gradient
+    assert memory is not None
+    assert gradient is not None
+    scale = torch.linspace(0.5, 3, 29, dtype=torch.float64)
+    direct = memory.solve(gradient, scale)
+    torch.testing.assert_close(
+        memory.solve(gradient, scale, seen=True), direct, rtol=1e-8, atol=1e-12
+    )
+    # The kept inverse too must be that of the products of the pairs in memory.
+    k, head = memory.count, memory.head
+    order = [(head + i) % k for i in range(k)]
+    S, Y = memory._s[order], memory._y[order]
+    inverse = memory._inverse[order][:, order]
+    torch.testing.assert_close(
+        inverse @ (S @ Y.T).triu(),
+        torch.eye(k, dtype=torch.float64),
+        rtol=0,
+        atol=1e-7,
+    )
+
+
 def worse(loss: float) -> float:
     return loss + 1e6
 
