@@ -52,6 +52,7 @@ def take_base_step(
     gains: Tensor | None = None,
     *,
     extent: Extent = Extent.WHOLE,
+    held: bool = False,
 ) -> bool:
     """The base's own step, with displacement and drift taken in around it.
 
@@ -63,6 +64,8 @@ def take_base_step(
         gains: (L,) of a move along s to make in the same pass, if that can be done.
         extent: If not whole, nobody needs the displacement; and with no move to take
             back behind it, no buffers either.
+        held: Whether a secant move is to undo the step's displacement, which then
+            nobody needs either.
 
     Returns:
         Whether that move was made.
@@ -70,7 +73,7 @@ def take_base_step(
     made = False
     dozes, turning = extent is not Extent.WHOLE, extent is Extent.TURN
     ready = not dozes and run.space.ready
-    if ready:
+    if ready and not held:
         run.space.before_base()
     started = time.perf_counter()
     if skip is not None:
@@ -84,6 +87,8 @@ def take_base_step(
     run.counters.base_s += time.perf_counter() - started
     if dozes:
         run.space.doze(windows=run.controller.coasting, due=turning)
+    elif ready and held:
+        run.space.hold()
     elif ready:
         made = run.space.after_base(gains)
     # A parameter that is new waits until something is measured.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def real_step(
     """
     run.space.refresh()
     run.settle()
-    extent = run.controller.extent if run.space.can_doze else Extent.WHOLE
+    extent = _extent(run)
     if extent is Extent.GLANCE:
         seen = glance(run, loss)
         if seen is not None:
@@ -104,11 +104,23 @@ def real_step(
     return _judged_step(run, taken, step_base)
 
 
+def _extent(run: Run) -> Extent:
+    """How much of a real step to measure."""
+    if run.space.held:
+        coasting = run.controller.sleep_steps > 0 and run.controller.coasting
+        return Extent.DRIFT if coasting else Extent.NORM
+    return run.controller.extent if run.space.can_doze else Extent.WHOLE
+
+
 def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:
     """The host waits for the numbers and judges before the base steps."""
     observation = digest(run, taken)
     verdict = run.monitor.judge(observation, can_roll_back=run.space.moved)
-    newton = quasi_newton.before_base(run, observation, taken.extent)
+    # Behind a secant move little was measured, because nobody needed more, not even now
+    # that the moves may have come to an end: then a whole step comes first.
+    held = run.space.held
+    extent = Extent.WHOLE if held else taken.extent
+    newton = quasi_newton.before_base(run, observation, extent)
     if newton.rejected:
         return _newton_retry(run, observation, verdict)
     if verdict.action is RecoveryAction.ROLL_BACK and not newton.judged:
@@ -119,8 +131,9 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
     expected = correcting.expected_displacement(run, taken.move)
     learn(run, observation)
     run.controller.move = None
-    extent = Extent.WHOLE if newton.engaged else taken.extent
-    take_base_step(run, step_base, extent=extent)
+    if newton.engaged:
+        extent = Extent.WHOLE
+    take_base_step(run, step_base, extent=extent, held=newton.engaged)
     correcting.learn_weights(run, expected)
     run.counters.real_steps += 1
     advance(run, observation)
@@ -129,14 +142,16 @@ def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done
         if quasi_newton.after_base(run, observation):
             mover = Mover.SECANT
             run.counters.secant_moves += 1
-    elif newton.quiet:
+    elif newton.quiet and not held:
         planned = plan_move(run, observation, verdict, taken.rates, extent)
         mover = begin_move(run, planned)
     if not run.controller.plan.runs_backward:
         # Only a predicted step has to tell these gradients from fresh ones.
         run.mark_consumed()
-    return replace(
-        _done(planned, mover, taken),
+    return _done(
+        planned,
+        mover,
+        taken,
         loss=observation.loss,
         verdict=verdict,
         gradient_norm=observation.gradient_norm,
@@ -166,7 +181,7 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     mover = begin_move(run, planned, made=made)
     if not run.controller.plan.runs_backward:
         run.mark_consumed()
-    return replace(_done(planned, mover, taken), complete=False)
+    return _done(planned, mover, taken, complete=False)
 
 
 def _glanced_step(run: Run, seen: Glance, step_base: Callable[[], Any]) -> Done:
@@ -327,17 +342,25 @@ def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:
     )
 
 
-def _done(planned: Planned, mover: Mover, taken: Pending) -> Done:
-    """What is known of a real step without its numbers."""
+def _done(
+    planned: Planned,
+    mover: Mover,
+    taken: Pending,
+    loss: float = math.nan,
+    **known: Any,
+) -> Done:
+    """What is known of a real step, its numbers being ``known`` or not."""
     forecast, move = planned.forecast, planned.move
+    rate = largest(taken.rates)
     if forecast is None:
-        return Done(mover, math.nan, learning_rate=largest(taken.rates))
+        return Done(mover, loss, learning_rate=rate, **known)
     return Done(
         mover,
-        math.nan,
+        loss,
         horizon=0 if move is None else move.horizon,
         confidence=forecast.confidence,
         progress=forecast.progress,
         gain=float(forecast.coefficients[:, STEP].mean()),
-        learning_rate=largest(taken.rates),
+        learning_rate=rate,
+        **known,
     )

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from hybridopt.run import Run
 from hybridopt.types import Extent, Observation
 from hybridopt.weights.flat import (
-    add_flat_,
     flatten,
     flatten_gradients,
     preconditioner,
+    set_flat_,
 )
 
 __all__ = ["Newton", "after_base", "before_base", "retry"]
@@ -59,10 +59,9 @@ def before_base(
     if observation.finite:
         parameters = run.space.parameters()
         position, gradient = flatten(parameters), flatten_gradients(parameters)
-        slopes = mover.slopes(position, gradient)
+        slopes = mover.record(position, gradient)
         if slopes is not None and accepted:
             run.noise.add(run.secant_loss, observation.loss, *slopes)
-        mover.record(position, gradient)
     if not accepted:
         return Newton(quiet=False, judged=judged, rejected=True)
     if not observation.finite:
@@ -89,9 +88,8 @@ def after_base(run: Run, observation: Observation) -> bool:
     direction = mover.direction(preconditioner(run.base, parameters))
     if direction is None:
         return False
-    moved = flatten(parameters)
     run.space.keep_anchor()
-    add_flat_(parameters, mover.propose(direction, observation.loss, moved))
+    set_flat_(parameters, mover.propose(direction, observation.loss))
     run.space.moved = True
     return True
 
@@ -99,7 +97,7 @@ def after_base(run: Run, observation: Observation) -> bool:
 def retry(run: Run) -> None:
     """From the anchor, make the shortened move; or stay there after too many tries."""
     assert run.secant is not None
-    delta = run.secant.retry()
-    if delta is not None:
-        add_flat_(run.space.parameters(), delta)
+    shorter = run.secant.retry()
+    if shorter is not None:
+        set_flat_(run.space.parameters(), shorter)
         run.space.moved = True

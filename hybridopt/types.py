@@ -76,7 +76,7 @@ class Extent(enum.Enum):
     """As DRIFT, and the drift window may turn behind the step: it is brought up to
     date."""
     NORM = "norm"
-    """Asleep: the gradient's norm alone."""
+    """Asleep, or behind a secant move: the gradient's norm alone."""
     GLANCE = "glance"
     """Asleep or coasting: whether loss and gradient are finite. Nobody judges them and
     nobody learns from them. Where the host would have to wait for even that, the step

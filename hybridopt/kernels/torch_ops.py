@@ -67,8 +67,9 @@ class TorchOps:
             along = [vector(b, precision) for b in direction]
             sums += dots(fresh, along)
             norms.append(torch.stack(dots(along, along)) if square is None else square)
-        columns = [torch.stack(sums), *norms] if norms else [torch.stack(sums)]
-        return torch.cat(columns).view(-1, count).t()
+        if not norms:
+            return torch.stack(sums).unsqueeze(1)
+        return torch.cat([torch.stack(sums), *norms]).view(-1, count).t()
 
     @graphless
     def advance(

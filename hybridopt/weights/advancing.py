@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridopt.protocols import Ops
 from hybridopt.weights.buckets import Bucket
 
-__all__ = ["advance", "advance_low", "advance_moved", "copy_across"]
+__all__ = ["advance", "advance_low", "advance_moved", "clear", "copy_across"]
 
 
 def advance(ops: Ops, bucket: Bucket, beta: float) -> Tensor:
@@ -78,6 +78,18 @@ def _add_to_window(bucket: Bucket, beta: float) -> None:
     if bucket.windows:
         # The EMA's own step is (1 - beta) / beta of the new lag.
         torch._foreach_add_(bucket.windows, bucket.lags, alpha=(1.0 - beta) / beta)
+
+
+def clear(buckets: Sequence[Bucket], *, drifts: bool = False) -> None:
+    """S, v, D <- 0, and d if ``drifts``: no displacement is known, nothing filtered."""
+    for bucket in buckets:
+        kept = [bucket.drifts] if drifts else []
+        for part in (bucket.steps, bucket.lags, bucket.windows, *kept):
+            if part:
+                torch._foreach_zero_(part)
+        bucket.step_sq = None
+        if drifts:
+            bucket.drift_sq = None
 
 
 def copy_across(

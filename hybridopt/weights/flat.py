@@ -6,12 +6,14 @@ its strides are. For small networks only: every flat vector is a full weight cop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["add_flat_", "flatten", "flatten_gradients", "preconditioner", "supports"]
+__all__ = ["flatten", "flatten_gradients", "preconditioner", "set_flat_", "supports"]
 
 _SMALLEST_EPS = 1e-16  # keeps the diagonal finite where an optimizer's eps is 0
 # State keys under which optimizers keep the running mean of squared gradients; the
@@ -42,38 +44,39 @@ def supports(parameters: Sequence[Tensor]) -> bool:
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """A new (n,) tensor with all elements, detached; never a view of the input."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    with torch.no_grad():
+        flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+        # Of a single tensor that is a view.
+        return flat.clone() if len(tensors) == 1 else flat
 
 
 def flatten_gradients(parameters: Sequence[Tensor]) -> Tensor:
     """A new (n,) tensor with the gradients; zeros where a parameter has none."""
-    return torch.cat(
+    gradients = [p.grad for p in parameters]
+    return flatten(
         [
-            p.new_zeros(p.numel()) if p.grad is None else p.grad.detach().reshape(-1)
-            for p in parameters
+            p.new_zeros(p.shape) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
         ]
     )
 
 
 @torch.no_grad()
-def add_flat_(tensors: Sequence[Tensor], flat: Tensor, alpha: float = 1.0) -> None:
-    """Add ``alpha`` times a flat vector to the tensors, in place.
+def set_flat_(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write a flat vector to the tensors.
 
     Raises:
         ValueError: The vector's length is not the number of elements; nothing was
             written.
     """
-    sizes = [t.numel() for t in tensors]
-    if flat.numel() != sum(sizes):
+    size = sum([t.numel() for t in tensors])
+    if flat.numel() != size:
         raise ValueError(
-            f"flat vector of {flat.numel()} elements: must have {sum(sizes)}, the "
+            f"flat vector of {flat.numel()} elements: must have {size}, the "
             "number of elements of the tensors. Flatten the same list of tensors."
         )
-    pieces = [
-        piece.view(t.shape)
-        for piece, t in zip(flat.split_with_sizes(sizes), tensors, strict=True)
-    ]
-    torch._foreach_add_(list(tensors), pieces, alpha=alpha)
+    pieces = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
+    torch._foreach_copy_(list(tensors), list(pieces))
 
 
 @torch.no_grad()
@@ -95,8 +98,11 @@ def preconditioner(
     Returns:
         (n,) in the parameters' dtype, finite for finite state.
     """
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    squares = [_square(optimizer, p) for p in parameters]
+    # By id: hashing a tensor costs a call.
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    places = [groups[id(p)] for p in parameters]
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    squares = [_square(s, p) for s, p in zip(states, parameters, strict=True)]
     if any(
         v is None and p.grad is not None
         for v, p in zip(squares, parameters, strict=True)
@@ -104,15 +110,15 @@ def preconditioner(
         squares = [None] * len(squares)
     flat = flatten(
         [
-            torch.ones_like(p) if v is None else v.to(p.dtype)
+            torch.ones_like(p) if v is None else v if v.dtype is p.dtype else v.to(p)
             for v, p in zip(squares, parameters, strict=True)
         ]
     )
     scales = [
-        (1.0, 0.0) if v is None else _correction(optimizer, p, groups[p])
-        for v, p in zip(squares, parameters, strict=True)
+        (1.0, 0.0) if v is None else _correction(s, group)
+        for v, s, group in zip(squares, states, places, strict=True)
     ]
-    rates = [float(groups[p]["lr"]) for p in parameters]
+    rates = [float(group["lr"]) for group in places]
     top = max(rates, default=0.0)
     ratios = [rate / top if top > 0.0 else 1.0 for rate in rates]
     # One pass over the flat vector when all tensors agree, which is the usual case;
@@ -130,9 +136,8 @@ def preconditioner(
     return flat
 
 
-def _square(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+def _square(state: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
     """The optimizer's running mean of squared gradients, if it is kept elementwise."""
-    state = optimizer.state.get(parameter, {})
     for key in _SQUARE_KEYS:
         value = state.get(key)
         if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -141,12 +146,12 @@ def _square(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | Non
 
 
 def _correction(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, object]
+    state: Mapping[str, Any], group: Mapping[str, Any]
 ) -> tuple[float, float]:
     """1 - beta2^t (1 for optimizers that do not correct the bias) and epsilon."""
     eps = group.get("eps")
     eps = max(float(eps), _SMALLEST_EPS) if isinstance(eps, (int, float)) else 1e-8
-    step = optimizer.state[parameter].get("step")
+    step = state.get("step")
     betas = group.get("betas")
     if step is None or not isinstance(betas, (tuple, list)):
         return 1.0, eps

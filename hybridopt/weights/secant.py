@@ -12,12 +12,12 @@ step is:
         the base optimizer steps; the new weights are the anchor
         direction = mover.direction(preconditioner(base, weights))
         if direction is not None:
-            add_flat_(weights, mover.propose(direction, loss, flatten(weights)))
+            set_flat_(weights, mover.propose(direction, loss))
     else:
         the weights go back to the anchor; the base does not step
-        delta = mover.retry()
-        if delta is not None:
-            add_flat_(weights, delta)
+        shorter = mover.retry()
+        if shorter is not None:
+            set_flat_(weights, shorter)
 
 Rejected points still teach: their pair stays in memory. The retry only shortens the
 move; the direction turns with the next accepted gradient.
@@ -39,7 +39,7 @@ __all__ = ["SecantMover", "affordable_pairs"]
 
 _EXTRA_COPIES = 7
 """Weight copies beyond the pairs: sums of squares (2), position, gradient, direction,
-base step, scratch."""
+scratch (2)."""
 _BOOST = 2.0
 """Factor on the scale that the newest pair gives to H0. That scale, s.y / y.(D y),
 weighs stiff directions most and left steps about a third short of the minimum along
@@ -71,7 +71,7 @@ class SecantMover:
     """Keeps secant pairs, proposes moves, and takes back those that made it worse.
 
     All vectors are flat, in the parameters' dtype, on their device. The mover never
-    writes weights: it returns deltas. Buffers are allocated at the first ``record``.
+    writes weights: it says where to go. Buffers are allocated at the first ``record``.
 
     Args:
         pairs: m, most pairs kept (``affordable_pairs``).
@@ -85,7 +85,6 @@ class SecantMover:
         self._position: Tensor | None = None
         self._gradient: Tensor | None = None
         self._direction: Tensor | None = None
-        self._base_step: Tensor | None = None
         self._loss = math.nan
         self._rejects = 0
         self._rejected = False
@@ -131,23 +130,9 @@ class SecantMover:
         self._rejects += 1
         return False
 
-    def slopes(self, position: Tensor, gradient: Tensor) -> tuple[float, float] | None:
-        """Slopes of the loss at both ends of the way here from the last point.
-
-        Call before ``record``; both are inner products of a gradient with the move
-        x' - x, what ``NoiseMeter.add`` takes.
-
-        Returns:
-            (<g, x' - x>, <g', x' - x>); None when no point was recorded before.
-        """
-        if self._position is None or self._gradient is None:
-            return None
-        move = position - self._position
-        old, new = torch.stack([self._gradient @ move, gradient @ move]).tolist()
-        return old, new
-
-    def record(self, position: Tensor, gradient: Tensor) -> bool:
-        """Keep the secant pair from the last accepted point to this one.
+    def record(self, position: Tensor, gradient: Tensor) -> tuple[float, float] | None:
+        """Keep the secant pair from the last accepted point to this one, if it is
+        finite and s.y > c ||s|| ||y||.
 
         Call once per real step, after ``judge``. A rejected point gives a pair but does
         not become the point that the next pair starts from.
@@ -158,18 +143,26 @@ class SecantMover:
             gradient: (n,) the real gradient there, likewise.
 
         Returns:
-            Whether a pair was kept: it must be finite and s.y > c ||s|| ||y||.
+            Slopes of the loss at both ends of the way here from the last point, what
+            ``NoiseMeter.add`` takes: (<g, x' - x>, <g', x' - x>). None when no point
+            was recorded before.
         """
-        kept = False
+        slopes, kept = None, False
         if self._position is not None and self._gradient is not None:
-            kept = self._pairs_for(position).add(
-                position - self._position,
-                gradient - self._gradient,
-                self.config.minimum_curvature,
-            )
+            s, y = position - self._position, gradient - self._gradient
+            numbers = [s @ y, s @ s, y @ y, self._gradient @ s, gradient @ s]
+            *sizes, old, new = torch.stack(numbers).tolist()
+            end = None if self._rejected else gradient
+            memory, minimum = self._pairs_for(position), self.config.minimum_curvature
+            kept = memory.add(s, y, minimum, sizes, end)
+            if kept and self._rejected:
+                memory.note(old / math.sqrt(sizes[1]))
+            slopes = old, new
         if not self._rejected:
             self._position, self._gradient = position, gradient
-        return kept
+            if self._memory is not None and not kept:
+                self._memory.look(gradient)
+        return slopes
 
     def direction(self, scale: Tensor) -> Tensor | None:
         """J = -H g at the point recorded last, or None when there is no safe one.
@@ -186,47 +179,45 @@ class SecantMover:
         if memory is None or gradient is None or memory.count < _MINIMUM_PAIRS:
             return None
         diagonal = memory.diagonal(scale)
-        direction = memory.solve(gradient, diagonal, _BOOST).neg_()
+        direction = memory.solve(gradient, diagonal, _BOOST, seen=True).neg_()
         slope = float(gradient @ direction)
         return direction if -math.inf < slope < 0.0 else None
 
-    def propose(self, direction: Tensor, loss: float, moved: Tensor) -> Tensor:
-        """Make the move to x + J pending and return the delta that leads there.
+    def propose(self, direction: Tensor, loss: float) -> Tensor:
+        """Make the move to x + J pending, x being the point recorded last.
 
         Args:
             direction: (n,) J from ``direction``; the mover keeps the tensor.
             loss: Loss at x, what the move has to beat.
-            moved: (n,) weights now, after the base step from x; overwritten.
 
         Returns:
-            (n,) x + J - ``moved``: what to add to the weights.
+            (n,) x + J, new: the weights to go to.
 
         Raises:
             RuntimeError: No point was recorded; nothing was changed.
         """
         if self._position is None:
             raise RuntimeError("propose: no point recorded. Call record(x, g) first.")
-        self._base_step = moved.sub_(self._position)
         self._direction = direction
         self._loss = loss
         self._rejects = 0
         self.proposed += 1
-        return direction - self._base_step
+        return self._position + direction
 
     def retry(self) -> Tensor | None:
-        """The delta from the anchor to the shortened move, after a rejection.
+        """Where the shortened move leads, after a rejection.
 
         Returns:
-            (n,) shrink^r J - (anchor - x), to be added to the weights at the anchor;
-            None after ``max_rejects`` rejections in a row: then the weights stay at the
-            anchor, nothing is pending, and the next real step may propose again.
+            (n,) x + shrink^r J, new: the weights to go to. None after ``max_rejects``
+            rejections in a row: then the weights stay at the anchor, nothing is
+            pending, and the next real step may propose again.
         """
-        if self._direction is None or self._base_step is None:
+        if self._direction is None or self._position is None:
             return None
         if self._rejects > self.config.max_rejects:
             self._clear_pending()
             return None
-        return torch.sub(self._direction * self.scale, self._base_step)
+        return torch.add(self._position, self._direction, alpha=self.scale)
 
     def abandon(self) -> None:
         """Forget the pending move and the last point, keep the pairs.
@@ -249,7 +240,7 @@ class SecantMover:
         self._memory = None
 
     def _clear_pending(self) -> None:
-        self._direction = self._base_step = None
+        self._direction = None
         self._loss = math.nan
         self._rejects = 0
 
@@ -269,7 +260,6 @@ class SecantMover:
             "position": copy(self._position),
             "gradient": copy(self._gradient),
             "direction": copy(self._direction),
-            "base_step": copy(self._base_step),
             "loss": self._loss,
             "rejects": self._rejects,
             "rejected": self._rejected,
@@ -279,10 +269,7 @@ class SecantMover:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises CheckpointError and changes nothing on a mismatch."""
-        vectors = {
-            name: state[name]
-            for name in ("position", "gradient", "direction", "base_step")
-        }
+        vectors = {name: state[name] for name in ("position", "gradient", "direction")}
         sizes = {v.numel() for v in vectors.values() if v is not None}
         pairs = state["memory"]
         if pairs is not None:
@@ -298,7 +285,7 @@ class SecantMover:
             memory = PairMemory(self.pairs, like.shape[1], like.dtype, like.device)
             memory.load_state_dict(pairs)
         self._memory = memory
-        self._position, self._gradient, self._direction, self._base_step = (
+        self._position, self._gradient, self._direction = (
             None if v is None else v.clone() for v in vectors.values()
         )
         self._loss, self._rejects = float(state["loss"]), int(state["rejects"])

@@ -25,14 +25,10 @@ from hybridopt.weights.advancing import (
     advance,
     advance_low,
     advance_moved,
+    clear,
     copy_across,
 )
-from hybridopt.weights.buckets import (
-    ANCHOR,
-    KEYS,
-    Bucket,
-    BucketTable,
-)
+from hybridopt.weights.buckets import ANCHOR, KEYS, Bucket, BucketTable
 from hybridopt.weights.lag import DozingLag, averaged
 from hybridopt.weights.local import local
 from hybridopt.weights.reading import PendingReading
@@ -62,6 +58,8 @@ class WeightSpace:
         """Whether a predicted move was made since the anchor was set."""
         self.stepped = False
         """Whether s is the displacement of the last real step."""
+        self.held = False
+        """Whether the last real step was ``hold``: only the anchor is known of it."""
         self._owed = False
         """Whether the anchor is older than the weights that it should hold; only with
         low memory, where it is taken when a move first needs it."""
@@ -124,17 +122,10 @@ class WeightSpace:
         """Start over from the weights as they are: no displacement, no drift."""
         self.allocate()
         with torch.no_grad():
-            for bucket in self._tracked_buckets():
-                for part in (bucket.steps, bucket.lags, bucket.windows, bucket.drifts):
-                    if part:
-                        torch._foreach_zero_(part)
-                bucket.step_sq = bucket.drift_sq = None
+            clear(self._tracked_buckets(), drifts=True)
         self._slopes = []
         self._lag.steps = 0
-        self.stepped = False
-        self.anchored = False
-        self.moved = False
-        self._owed = False
+        self.anchored = self.stepped = self.held = self.moved = self._owed = False
 
     # -- one real step -------------------------------------------------------------
 
@@ -215,9 +206,23 @@ class WeightSpace:
             self._slopes.append((bucket.rows, slopes))
         self.anchored = True
         self.stepped = True
-        self.moved = False
+        self.held = self.moved = False
         self._owed = self.low_memory
         return made is not None
+
+    def hold(self) -> None:
+        """Instead of ``before_base`` and ``after_base``, where a secant move will undo
+        the base's step: the anchor alone. The EMA comes along: no lag, empty window.
+        """
+        buckets = self._tracked_buckets()
+        if not self.held:
+            clear(buckets)
+            self._lag.steps, self._slopes = 0, []
+        for bucket in () if self.low_memory else buckets:
+            self.ops.copy(bucket.parameters, bucket.anchors)
+        self.anchored = self.held = True
+        self.stepped = self.moved = False
+        self._owed = self.low_memory
 
     # -- one real step asleep --------------------------------------------------------
 
@@ -227,16 +232,15 @@ class WeightSpace:
         return not self.moved and (self.anchored or self._lag.steps > 0)
 
     def doze(self, *, windows: bool, due: bool = False) -> None:
-        """Instead of ``before_base`` and ``after_base``, while nobody needs s.
-
-        Only the EMA goes on, and once in a few steps at that.
+        """Instead of ``before_base`` and ``after_base``, while nobody needs s: only the
+        EMA goes on, and once in a few steps at that.
 
         Args:
             windows: Whether the drift window goes on with it.
-            due: Whether they have to be up to date behind this step.
+            due: Whether both have to be up to date behind this step.
         """
         self._slopes = []
-        self.stepped = False
+        self.stepped = self.held = False
         self._lag.windows = windows
         self._lag.steps += 1
         self.anchored = due or self._lag.due
@@ -365,6 +369,7 @@ class WeightSpace:
             "moved": self.moved,
             "owed": self._owed,
             "stepped": self.stepped,
+            "held": self.held,
             "dozed": self._lag.steps,
             "coasted": self._lag.windows,
             "slopes": [[r, s] for r, s in rows],
@@ -376,6 +381,7 @@ class WeightSpace:
         self.moved = bool(state["moved"])
         self._owed = bool(state.get("owed", False))
         self.stepped = bool(state["stepped"])
+        self.held = bool(state.get("held", False))
         self._lag.steps = int(state["dozed"])
         self._lag.windows = bool(state["coasted"])
         parameters = self.parameters()

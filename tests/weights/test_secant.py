@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from hybridopt.config import SecantConfig
 from hybridopt.errors import CheckpointError
 from hybridopt.weights.flat import (
-    add_flat_,
     flatten,
     flatten_gradients,
     preconditioner,
+    set_flat_,
     supports,
 )
 from hybridopt.weights.secant import SecantMover, affordable_pairs
@@ -165,17 +165,41 @@ class Loop:
             self.anchor = flatten(self.weights)
             direction = self.mover.direction(preconditioner(self.base, self.weights))
             if direction is not None:
-                moved = flatten(self.weights)
-                self.add(self.mover.propose(direction, loss, moved))
+                set_flat_(self.weights, self.mover.propose(direction, loss))
             return loss
-        self.add(self.anchor - flatten(self.weights))
-        delta = self.mover.retry()
-        if delta is not None:
-            self.add(delta)
+        shorter = self.mover.retry()
+        set_flat_(self.weights, self.anchor if shorter is None else shorter)
         return loss
 
-    def add(self, delta: Tensor) -> None:
-        add_flat_(self.weights, delta)
+
+@pytest.mark.parametrize("spoiled", [(), (9,), (9, 10), (14, 15, 16, 17)])
+def test_mover_knows_what_its_pairs_make_of_the_gradient(
+    spoiled: tuple[int, ...],
+) -> None:
+    loop = Loop(SecantMover(6, SecantConfig()))
+    for step in range(24):
+        loop.step(worse if step in spoiled else float)
+        if step == 20:
+            loop.mover.abandon()
+    memory, gradient = loop.mover._memory, loop.mover._gradient
+    assert memory is not None
+    assert gradient is not None
+    scale = torch.linspace(0.5, 3, 29, dtype=torch.float64)
+    direct = memory.solve(gradient, scale)
+    torch.testing.assert_close(
+        memory.solve(gradient, scale, seen=True), direct, rtol=1e-8, atol=1e-12
+    )
+    # The kept inverse too must be that of the products of the pairs in memory.
+    k, head = memory.count, memory.head
+    order = [(head + i) % k for i in range(k)]
+    S, Y = memory._s[order], memory._y[order]
+    inverse = memory._inverse[order][:, order]
+    torch.testing.assert_close(
+        inverse @ (S @ Y.T).triu(),
+        torch.eye(k, dtype=torch.float64),
+        rtol=0,
+        atol=1e-7,
+    )
 
 
 def worse(loss: float) -> float:
@@ -252,7 +276,7 @@ def test_mover_accepts_when_nothing_is_pending() -> None:
 
 def test_mover_proposes_nothing_before_a_point_is_recorded() -> None:
     with pytest.raises(RuntimeError, match="record"):
-        SecantMover(4, SecantConfig()).propose(torch.ones(3), 1.0, torch.ones(3))
+        SecantMover(4, SecantConfig()).propose(torch.ones(3), 1.0)
 
 
 def test_mover_gives_no_direction_for_a_bad_gradient() -> None:
@@ -269,9 +293,8 @@ def test_mover_gives_no_direction_for_a_bad_gradient() -> None:
 def test_mover_slopes_are_products_with_the_move() -> None:
     mover = SecantMover(4, SecantConfig())
     x, g = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
-    assert mover.slopes(x, g) is None
-    mover.record(x, g)
-    slopes = mover.slopes(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0]))
+    assert mover.record(x, g) is None
+    slopes = mover.record(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0]))
     assert slopes == (1.0, 3.0)
 
 
@@ -347,11 +370,19 @@ def test_flat_vectors_round_trip_whatever_the_strides() -> None:
     flat[0] = 100.0
     assert tensors[0][0, 0] == 0.0
     flat[0] = 0.0
-    add_flat_(tensors, flat, 0.5)
+    set_flat_(tensors, 1.5 * flat)
     for now, then in zip(tensors, before, strict=True):
         assert torch.equal(now, 1.5 * then)
     with pytest.raises(ValueError, match="must have 17"):
-        add_flat_(tensors, flat[:3])
+        set_flat_(tensors, flat[:3])
+
+
+def test_flat_vector_of_one_tensor_is_a_copy() -> None:
+    tensor = torch.ones(3, requires_grad=True)
+    flat = flatten([tensor])
+    assert not flat.requires_grad
+    flat.zero_()
+    assert tensor.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_flat_gradients_are_zero_where_there_are_none() -> None:
