@@ -76,7 +76,7 @@ def before_base(
         run.controller.real_steps + 1 >= run.config.secant.warmup_steps
     )
     allowed = run.monitor.may_predict(run.counters.steps)
-    engaged = warm and allowed and run.noise.is_low
+    engaged = warm and allowed and run.noise.stays_low(run.space.held)
     return Newton(quiet=False, engaged=engaged, judged=judged)
 
 

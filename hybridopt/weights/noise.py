@@ -14,6 +14,10 @@ __all__ = ["NoiseMeter"]
 _ROUNDING = 256 * 2.0**-24
 # Ratio between "noisy beyond doubt" and "low".
 _DOUBT = 4.0
+# Ratio at which secant moves that are under way come to an end. Near the floor of
+# rounding the misfit hovers around the threshold, and a base step amid secant moves, at
+# a rate meant for other losses, undoes hundreds of them.
+_HELD = 2.0
 
 
 class NoiseMeter:
@@ -70,6 +74,12 @@ class NoiseMeter:
     def is_low(self) -> bool:
         """Whether the loss is smooth enough for secant pairs; False until decided."""
         return self.decided and self.misfit < self.threshold
+
+    def stays_low(self, engaged: bool) -> bool:
+        """``is_low``, with more patience where secant moves are under way."""
+        return self.decided and self.misfit < self.threshold * (
+            _HELD if engaged else 1.0
+        )
 
     @property
     def is_high(self) -> bool:

@@ -103,3 +103,14 @@ def test_meter_refuses_a_window_that_is_too_long() -> None:
     meter = NoiseMeter(SecantConfig(), window=2)
     with pytest.raises(CheckpointError, match="at most 2"):
         meter.load_state_dict(quadratic(0.0).state_dict())
+
+
+def test_moves_under_way_end_at_twice_the_threshold():
+    for misfit, stays in ((1.5, True), (2.5, False)):
+        meter = NoiseMeter(SecantConfig(noise_threshold=0.08))
+        for _ in range(20):
+            # Both slopes are -1, so the trapezoid rule expects a change of -1.
+            meter.add(1.0, misfit * 0.08, -1.0, -1.0)
+        assert meter.misfit == pytest.approx(misfit * 0.08, rel=1e-3)
+        assert not meter.stays_low(engaged=False)
+        assert meter.stays_low(engaged=True) is stays
