@@ -139,6 +139,7 @@ class AlignmentGains:
 
     def grow(self, significance: Tensor) -> None:
         """Move the gains as (L, J) t-values say."""
+        self.headroom.remember()
         headroom = self.headroom.value
         if not self._started:
             self._started = True

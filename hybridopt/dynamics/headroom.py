@@ -37,12 +37,18 @@ class Headroom:
     def __init__(self) -> None:
         self._pooled = RunningMoments(self.MEMORY)
         self.credit = 0.0
-        """Largest h so far, less one per cent per real step since."""
+        """Largest h while gains grew, less one per cent per real step since."""
 
     def add(self, alignment: Tensor) -> None:
         """Take in one real step's (L,) alignments with the step direction."""
         if alignment.numel():
             self._pooled.add(float(alignment.mean()))
+
+    def remember(self) -> None:
+        """Count h towards the credit; once per real step on which gains grow.
+
+        Not before: while a learning-rate warm-up raises a tiny rate h is high.
+        """
         self.credit = max(self.value, self.CREDIT_MEMORY * self.credit)
 
     @property

@@ -81,8 +81,8 @@ def test_prior_follows_its_literal_twin(gain, lift):
                 twin.gain *= max(gain.eager / gain.initial, 1.0) ** headroom
             if made.moving:
                 twin.grow(headroom)
-        credit = max(headroom, 0.99 * credit)
         if made.moving and rule[0].count > 1:
+            credit = max(headroom, 0.99 * credit)
             hold_together(rule, gain, credit)
         if i == 90:
             made.feedback(Outcome(0, 0.0, 1, 1.0, True))
