@@ -43,12 +43,12 @@ IDLE_PROGRESS = 0.03
 """A move worth less than this many steps does not pay for its bookkeeping."""
 IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
-IDLE_STEPS = 20
+IDLE_STEPS = 30
 """Real steps in a row with idle moves before the optimizer coasts or goes to sleep."""
 WAKING_STEPS = 2
 """Last steps of a sleep at which weight space works again: when the sleep ends, a plan
 needs the base's newest displacement and the slopes of the one before."""
-PROBING_STEPS = 8
+PROBING_STEPS = 15
 """Whole steps between one sleep and the next."""
 GLANCES = 2
 """Coasting, one real step in so many is measured along the drift. Halves the host's

@@ -119,8 +119,9 @@ def test_asleep_one_step_in_eight_is_judged():
     opt = _build(problem, drift=DriftConfig(enabled=False))
     train(problem, opt, 30)
     opt.run.controller.sleep_steps, opt.run.controller.coasting = 200, False
+    train(problem, opt, 1, start=30)  # measures the move behind the step before
     before = opt.run.monitor.state_dict()["absorbed"]
-    train(problem, opt, 5 * DEEP_GLANCES, start=30)
+    train(problem, opt, 5 * DEEP_GLANCES, start=31)
     assert opt.run.monitor.state_dict()["absorbed"] == before + 5
 
 
