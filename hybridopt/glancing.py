@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridopt.run import Run
 from hybridopt.types import BASIS_SIZE, Observation
+from hybridopt.weights.local import local
 
 __all__ = ["Glance", "glance", "pass_by"]
 
@@ -37,7 +38,8 @@ def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
         return None
     if isinstance(loss, Tensor) and loss.device.type != "cpu":
         return None
-    gradients = [p.grad for p in run.space.parameters() if p.grad is not None]
+    parameters = run.space.parameters()
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if any(g.is_sparse or g.device.type != "cpu" for g in gradients):
         return None
     norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
