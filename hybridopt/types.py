@@ -194,7 +194,8 @@ class Observation:
     """Whether the drift window turned after this was measured but before it was taken
     in: its drift column then still belongs to the direction before."""
     drift_measured: bool = True
-    """Whether the DRIFT column was measured; else it is zero."""
+    """Whether the DRIFT column was measured; else it is zero. Of a step that was only
+    glanced at ``gradient_sq`` is zero too."""
 
     @property
     def moved_progress(self) -> float:

@@ -15,30 +15,37 @@ K = 12
 IDLE = GainConfig(rate=0.0, initial=0.0, minimum=0.0)
 
 
-def _build(problem):
-    base = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
-    return HybridPredictOptimizer(
-        base,
-        predictor=Prior(),
-        secant=SecantConfig(enabled=False),
-        gain=IDLE,
-        drift=DriftConfig(window_steps=K, minimum=0.3),
-        warmup_steps=5,
-    )
+def coasting(problem, *more, **overrides):
+    """An optimizer whose one-step moves are worth nothing and whose drift moves are."""
+    parameters = [*problem.model.parameters(), *more]
+    settings = {
+        "predictor": Prior(),
+        "secant": SecantConfig(enabled=False),
+        "gain": IDLE,
+        "drift": DriftConfig(window_steps=K, minimum=0.3),
+        "warmup_steps": 5,
+        **overrides,
+    }
+    base = torch.optim.AdamW(parameters, lr=1e-3)
+    return HybridPredictOptimizer(base, **settings)
 
 
-def _coast(problem, opt, limit=120):
-    """Train until it coasts; the number of steps made."""
+def train_until(problem, opt, extent, limit=120):
+    """Train up to a step that is measured so far; the number of steps made."""
     for step in range(limit):
-        if opt.run.controller.extent is Extent.DRIFT and opt.run.space.can_doze:
+        if opt.run.controller.extent is extent and opt.run.space.can_doze:
             return step
         train(problem, opt, 1, start=step)
-    raise AssertionError("never coasted")
+    raise AssertionError(f"never at {extent}")
+
+
+def _coast(problem, opt):
+    return train_until(problem, opt, Extent.DRIFT)
 
 
 def test_drift_that_pays_makes_it_coast_and_windows_go_on():
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     start = _coast(problem, opt)
     windows = opt.run.predictor.window.windows
     seen = []
@@ -55,7 +62,7 @@ def test_coasting_windows_hold_the_drift_of_whole_steps(monkeypatch):
     found = []
     for whole in (False, True):
         problem = regression()
-        opt = _build(problem)
+        opt = coasting(problem)
         start = _coast(problem, opt)
         if whole:
             monkeypatch.setattr(WeightSpace, "can_doze", False)
@@ -78,7 +85,7 @@ def test_coasting_windows_hold_the_drift_of_whole_steps(monkeypatch):
 
 def test_coasting_measures_what_whole_steps_measure_along_the_drift():
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     _coast(problem, opt)
     problem.loss(0).backward()
     opt.run.space.refresh()
@@ -93,11 +100,11 @@ def test_coasting_measures_what_whole_steps_measure_along_the_drift():
 @pytest.mark.parametrize("steps", range(1, 2 * K, 2))
 def test_resume_while_coasting_equals_uninterrupted(steps):
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     start = _coast(problem, opt) + steps
     train(problem, opt, steps, start=start - steps)
     twin = problem.twin()
-    other = _build(twin)
+    other = coasting(twin)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert other.run.controller.coasting
     assert train(problem, opt, 90, start=start) == train(twin, other, 90, start=start)
@@ -106,7 +113,7 @@ def test_resume_while_coasting_equals_uninterrupted(steps):
 
 def test_a_bad_step_while_coasting_is_skipped():
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     start = _coast(problem, opt)
     before = problem.weights()
     opt.step(lambda: problem.loss(start) * float("nan"))
@@ -118,16 +125,7 @@ def test_a_bad_step_while_coasting_is_skipped():
 def test_a_parameter_that_gets_its_first_gradient_while_coasting_joins_in():
     problem = regression()
     late = torch.nn.Parameter(torch.zeros(3))
-    base = torch.optim.AdamW([*problem.model.parameters(), late], lr=1e-3)
-    opt = HybridPredictOptimizer(
-        base,
-        predictor=Prior(),
-        secant=SecantConfig(enabled=False),
-        gain=IDLE,
-        drift=DriftConfig(window_steps=K, minimum=0.3),
-        warmup_steps=5,
-        max_predict_steps=0,
-    )
+    opt = coasting(problem, late, max_predict_steps=0)
     start = _coast(problem, opt)
     for i in range(start, start + 60):
         opt.step(lambda i=i: problem.loss(i) + (late - 1).square().sum())

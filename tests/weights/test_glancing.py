@@ -5,44 +5,22 @@ import math
 import pytest
 import torch
 
-from hybridopt import HybridPredictOptimizer
-from hybridopt.config import DriftConfig, GainConfig, Prior, SecantConfig
+from hybridopt.config import DriftConfig
 from hybridopt.control.controller import DEEP_GLANCES
 from hybridopt.dynamics.window import WindowGains
 from hybridopt.types import Extent
 from tests.problems import assert_same_bits, regression, train
-
-K = 12
-OFF = SecantConfig(enabled=False)
-IDLE = GainConfig(rate=0.0, initial=0.0, minimum=0.0)
+from tests.weights.test_coasting import K, coasting, train_until
 
 
-def _build(problem, **overrides):
-    base = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
-    settings = {
-        "predictor": Prior(),
-        "secant": OFF,
-        "gain": IDLE,
-        "drift": DriftConfig(window_steps=K, minimum=0.3),
-        "warmup_steps": 5,
-        **overrides,
-    }
-    return HybridPredictOptimizer(base, **settings)
-
-
-def _glance(problem, opt, limit=120):
-    """Train up to a step that is only glanced at; the number of steps made."""
-    for step in range(limit):
-        if opt.run.controller.extent is Extent.GLANCE and opt.run.space.can_doze:
-            return step
-        train(problem, opt, 1, start=step)
-    raise AssertionError("never glanced")
+def _glance(problem, opt):
+    return train_until(problem, opt, Extent.GLANCE)
 
 
 @pytest.fixture
 def glancing():
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     return problem, opt, _glance(problem, opt)
 
 
@@ -116,7 +94,7 @@ def test_where_ranks_must_agree_nobody_glances(glancing, monkeypatch):
 
 def test_asleep_one_step_in_eight_is_judged():
     problem = regression()
-    opt = _build(problem, drift=DriftConfig(enabled=False))
+    opt = coasting(problem, drift=DriftConfig(enabled=False))
     train(problem, opt, 30)
     opt.run.controller.sleep_steps, opt.run.controller.coasting = 200, False
     train(problem, opt, 1, start=30)  # measures the move behind the step before
@@ -140,7 +118,7 @@ def test_moves_are_still_made_as_windows_turn(glancing):
 
 def test_window_sums_leave_out_what_was_not_measured():
     problem = regression()
-    opt = _build(problem)
+    opt = coasting(problem)
     step = _glance(problem, opt)
     windows: WindowGains = opt.run.predictor.window
     windows.count = 0
