@@ -87,6 +87,10 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     """Smallest drift gain; keeps a way back up."""
     maximum: Positive = 8.0
     """Largest drift gain."""
+    hold: NonNegative = 2.0
+    """How much of a rate that a schedule takes away is kept where drift pays: the step
+    is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) in [0, 0.75]
+    with b the geometric mean of the drift gains. 0 follows the schedule."""
 
 
 class SecantConfig(Checked, frozen=True, kw_only=True):

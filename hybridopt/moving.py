@@ -79,7 +79,9 @@ def take_base_step(
     if skip is not None:
         run.base.found_inf = skip  # type: ignore[attr-defined]
     try:
-        with without_global_hooks():
+        # A secant move undoes the step: nothing of it is held.
+        exponent = 0.0 if held else run.controller.hold
+        with without_global_hooks(), run.hold.held(run.base.param_groups, exponent):
             step_base()
     finally:
         if skip is not None:

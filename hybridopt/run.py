@@ -27,6 +27,7 @@ from hybridopt.distributed import (
 from hybridopt.errors import CheckpointError
 from hybridopt.guard import DivergenceMonitor
 from hybridopt.history import RunningMoments
+from hybridopt.holding import RateHold
 from hybridopt.pending import Pending
 from hybridopt.protocols import (
     Collective,
@@ -98,6 +99,7 @@ class Run:
     """(L, 1) weights of local sums in the global ones."""
     enabled: bool
     counters: Counters = field(default_factory=Counters)
+    hold: RateHold = field(default_factory=RateHold)
     predictor_error: RunningMoments = field(
         default_factory=lambda: RunningMoments(0.95)
     )
@@ -300,6 +302,7 @@ class Run:
             else self.refused,
             "pending": None if self.pending is None else self.pending.state_dict(),
             "forward_form": self.forward_form,
+            "hold": self.hold.state_dict(),
             "buffers": [b.cpu() for b in self.buffers],
         }
 
@@ -345,6 +348,8 @@ class Run:
         pending = state.get("pending")
         self.pending = None if pending is None else Pending.from_state(pending)
         self.forward_form = bool(state["forward_form"])
+        if "hold" in state:
+            self.hold.load_state_dict(state["hold"])
         buffers = [] if self.model is None else list_buffers(self.model)
         kept = state["buffers"]
         self.buffers = (

@@ -24,6 +24,7 @@ def summarize(run: Run) -> dict[str, Any]:
         steps), ``rolled_back_steps``, ``skipped_steps``, ``closure_calls``,
         ``backward_calls``; ``backward_reduction`` in [0, 1]; ``closure_s``, ``base_s``,
         ``bookkeeping_s`` and ``bookkeeping_share`` of the three together;
+        ``held_rate`` (how many times as long as scheduled the last base step was made);
         ``predictor_error`` (running relative error of the expected loss);
         ``extra_bytes`` on the device; ``kernels``; ``estimated_speedup`` with
         ``speedup_basis``.
@@ -42,6 +43,7 @@ def summarize(run: Run) -> dict[str, Any]:
         1.0 - counters.backward_calls / steps if steps else 0.0
     )
     values["bookkeeping_share"] = counters.bookkeeping_s / spent if spent else 0.0
+    values["held_rate"] = run.hold.factor
     values["predictor_error"] = run.predictor_error.mean
     values["extra_bytes"] = run.space.extra_bytes()
     values["kernels"] = run.space.ops.name

@@ -246,6 +246,8 @@ class Forecast:
     """Real steps behind this one until the drift window turns; 0 without drift."""
     drift_gain: float = 0.0
     """Mean gain on the drift direction, whether or not it moves now."""
+    hold: float = 0.0
+    """Exponent in [0, 1] of the share of a decaying rate to hold; see ``RateHold``."""
     latent: Tensor | None = None
     """(latent_size,) summary of the predictor's state; what residuals are compared
     by. None when the predictor has no latent state."""

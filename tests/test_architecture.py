@@ -21,6 +21,7 @@ ROWS = [
         "codec",
         "closure",
         "hooks",
+        "holding",
     ],
     ["kernels", "distributed"],
     ["weights"],

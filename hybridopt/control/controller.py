@@ -77,6 +77,8 @@ class Controller:
         """Real steps left to sleep or to coast."""
         self.coasting = False
         """Whether the sleep is a light one, in which drift windows go on."""
+        self.hold = 0.0
+        """Exponent of the share of a decaying rate to hold, by the newest forecast."""
         self._turns_in = 0
         self._sleep_length = FIRST_SLEEP_STEPS
         self._idle_steps = 0
@@ -201,6 +203,7 @@ class Controller:
     def expect_turn(self, forecast: Forecast) -> None:
         """Coasting: take in when the drift window turns; no move before it does."""
         self._turns_in = forecast.turns_in
+        self.hold = forecast.hold
 
     def schedule(
         self,
@@ -222,6 +225,7 @@ class Controller:
             return None
         self._caution = verdict.level >= Level.CAUTION
         self._turns_in = forecast.turns_in
+        self.hold = forecast.hold
         lower = forecast.progress_lower
         if math.isfinite(lower):
             self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
@@ -341,6 +345,7 @@ class Controller:
         "warm",
         "sleep_steps",
         "coasting",
+        "hold",
         "_turns_in",
         "_sleep_length",
         "_idle_steps",
@@ -376,8 +381,8 @@ class Controller:
         move = None if state["move"] is None else Move(**state["move"])
         self.policy.load_state_dict(state["policy"])
         for key in self._SCALARS:
-            kind = type(getattr(self, key))
-            setattr(self, key, kind(state["scalars"][key]))
+            known = getattr(self, key)
+            setattr(self, key, type(known)(state["scalars"].get(key, known)))
         self.plan = plan
         self.move = move
 

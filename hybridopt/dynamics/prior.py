@@ -192,6 +192,7 @@ class PriorPredictor:
             turns_window=drift is not None,
             turns_in=self.window.turns_in,
             drift_gain=float(self.window.gains.mean()) if self.window.enabled else 0.0,
+            hold=self.window.hold,
             latent=latent,
         )
 

@@ -25,6 +25,15 @@ by this factor per window: where there is a drift to follow the mean is positive
 by window, and where there is none a wrong direction costs more than a right one wins.
 """
 
+FIRST_DOUBT = -2.0
+"""The same for the first window, whose direction is a training's beginning: only what
+it says beyond chance is heeded.
+"""
+HOLD_FROM = 0.1
+"""Mean drift gain below which a schedule's decay is left alone: where noise dominates,
+gains are below it within a few windows."""
+LARGEST_HOLD = 0.75
+
 
 class WindowGains:
     """One gain per tensor on d, the EMA's displacement over the last K real steps.
@@ -35,7 +44,8 @@ class WindowGains:
         cos = -sum <g, d> / sqrt(sum ||g||^2 ||d||^2)
         a <- clip(a exp(eta tanh(5 cos)), minimum, maximum).
 
-    Where the mean of cos over tensors is negative, every gain falls to at most 0.4 a.
+    Where the mean of cos over tensors is negative, every gain falls to at most 0.4 a,
+    behind the first window too, which moves nothing.
 
     Steps whose gradient was not measured along d count, and add nothing to either sum.
 
@@ -69,6 +79,20 @@ class WindowGains:
         self._dots, self._gradients, self._direction = empty, empty, empty
         self._made = False
         self._late = False  # an observation from before the turn came behind it
+        self._measured = False
+
+    @property
+    def hold(self) -> float:
+        """Exponent of the share of a decaying learning rate to hold.
+
+        Drift that goes on paying says that the valley floor still falls, and decay
+        slows that down as well as the noise: min(max(hold (b - 0.1), 0), 0.75) with b
+        the geometric mean of the gains. 0 before the first of them was measured.
+        """
+        if not (self.enabled and self._measured) or self._size == 0:
+            return 0.0
+        mean = float(self.gains.clamp_min(1e-12).log().mean().exp())
+        return min(max(self._config.hold * (mean - HOLD_FROM), 0.0), LARGEST_HOLD)
 
     @property
     def full(self) -> bool:
@@ -104,18 +128,27 @@ class WindowGains:
         self._direction = observation.basis_sq[:, DRIFT]
 
     def grow(self) -> None:
-        """Move the gains when a window behind a made move is full."""
-        if not (self.full and self._made) or self.turned:
+        """Move the gains when a window with a direction to measure along is full.
+
+        Along the first direction nothing has moved, so all that it can say is whether
+        to begin carefully.
+        """
+        first = self.windows > 0 and not self._measured
+        if not (self.full and (self._made or first)) or self.turned:
             return
         norm = (self._gradients * self._direction).sqrt().clamp_min(1e-300)
         cosine = (self._dots / norm).nan_to_num(0.0, 0.0, 0.0)
-        factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
-        if _significance(cosine) < DOUBT:
+        factor, doubt = torch.ones_like(cosine), FIRST_DOUBT
+        if self._made:
+            factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
+            doubt = DOUBT
+        if _significance(cosine) < doubt:
             factor = factor.clamp_max(RETREAT)
         self.gains = (self.gains * factor).clamp(
             self._config.minimum, self._config.maximum
         )
         self._made = False  # one measurement per move
+        self._measured = True
 
     def turn(self, moving: bool) -> Tensor | None:
         """(L,) coefficients of the drift move if it is due, else None.
@@ -148,6 +181,7 @@ class WindowGains:
             "turned": self.turned,
             "made": self._made,
             "late": self._late,
+            "measured": self._measured,
             "dots": self._dots.clone(),
             "gradients": self._gradients.clone(),
             "direction": self._direction.clone(),
@@ -162,6 +196,7 @@ class WindowGains:
         self.count, self.windows = int(state["count"]), int(state["windows"])
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
         self._late = bool(state.get("late", False))
+        self._measured = bool(state.get("measured", False))
 
 
 def _significance(cosine: Tensor) -> float:

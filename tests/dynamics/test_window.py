@@ -68,6 +68,43 @@ def test_window_gains_follow_their_literal_twin():
     assert retreated == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("tilts", "first_gain"),
+    [([-0.3] * L, 0.2), ([-0.3, 0.3, -0.3, 0.3, -0.1], 0.5), ([0.3] * L, 0.5)],
+)
+def test_first_direction_says_only_whether_to_begin_carefully(tilts, first_gain):
+    made = drifting()
+    first, tilt = None, torch.tensor(tilts).double().unsqueeze(1)
+    for i, plain in enumerate(noisy(2 * K, L, seed=5)):
+        made.observe(observation(i, 0.2 * plain.alignment + tilt))
+        first = made.forecast(slopes(L)).coefficients[:, DRIFT]
+    assert first.tolist() == pytest.approx([first_gain] * L)
+
+
+def test_hold_follows_the_geometric_mean_of_gains_once_one_was_measured():
+    made = drifting(hold=2.0)
+    holds = []
+    for one in noisy(6 * K, L, seed=5):
+        made.observe(one)
+        said = made.forecast(slopes(L))
+        holds.append(said.hold)
+        mean = math.exp(statistics.mean(math.log(g) for g in made.window.gains))
+        measured = made.window.windows > 1
+        expected = min(max(2.0 * (mean - 0.1), 0.0), 0.75) if measured else 0.0
+        assert said.hold == pytest.approx(expected, rel=1e-12)
+    assert holds[2 * K - 2] == 0.0 < holds[2 * K]
+    assert drifting(hold=0.0).forecast(slopes(L)).hold == 0.0
+
+
+def test_hold_ends_where_drift_does_not_pay():
+    made = drifting(hold=2.0)
+    for i, plain in enumerate(noisy(20 * K, L, seed=5)):
+        made.observe(observation(i, 0.2 * plain.alignment - 0.2))
+        made.forecast(slopes(L))
+    assert made.forecast(slopes(L)).hold == 0.0
+    assert made.state_dict()["window"]["measured"]
+
+
 def test_window_turns_without_moving_before_warm_up_is_over():
     made = drifting()
     made.moving = False
