@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,9 +39,12 @@ def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
         return None
     if isinstance(loss, Tensor) and loss.device.type != "cpu":
         return None
-    parameters = run.space.parameters()
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if any(g.is_sparse or g.device.type != "cpu" for g in gradients):
+    gradients = [
+        g if type(g) is Tensor else local(g)
+        for p in run.space.parameters()
+        if (g := p.grad) is not None
+    ]
+    if not all(g.is_cpu and g.layout is torch.strided for g in gradients):
         return None
     norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
     value = math.nan if loss is None else float(loss)
@@ -59,8 +63,7 @@ def pass_by(run: Run, seen: Glance) -> None:
     run.counters.real_steps += 1
     rate = run.top_rate()
     if run.controller.coasting:
-        size = len(run.space.parameters())
-        nothing = torch.zeros(size, BASIS_SIZE, dtype=torch.float64)
+        nothing = _nothing(len(run.space.parameters()))
         run.predictor.observe(
             Observation(
                 step=run.counters.steps,
@@ -81,6 +84,12 @@ def pass_by(run: Run, seen: Glance) -> None:
     run.monitor.real_step()
     if math.isfinite(seen.loss):
         run.last_loss = seen.loss
+
+
+@lru_cache(maxsize=4)
+def _nothing(size: int) -> Tensor:
+    """(size, J) zeros, not to be changed."""
+    return torch.zeros(size, BASIS_SIZE, dtype=torch.float64, device="cpu")
 
 
 def _watches_secant(run: Run) -> bool:

@@ -18,7 +18,7 @@ SHARPNESS = 5.0
 """Slope of the squashed alignment; a cosine of 0.2 already counts as strong."""
 ROLLBACK_FACTOR = 0.25
 FADE = 0.7
-DOUBT = -0.3
+DOUBT = -0.8
 RETREAT = 0.4
 """Below ``DOUBT`` standard errors of the cosines' mean over tensors, all gains shrink
 by this factor per window: where there is a drift to follow the mean is positive window

@@ -47,7 +47,7 @@ def test_window_gains_follow_their_literal_twin():
             norm = math.sqrt(square * float(one.basis_sq[index, DRIFT]))
             cosines.append(dots / norm)
         error = statistics.stdev(cosines) / math.sqrt(L) if cosines else 1.0
-        retreats = bool(cosines) and statistics.mean(cosines) / error < -0.3
+        retreats = bool(cosines) and statistics.mean(cosines) / error < -0.8
         retreated.add(retreats)
         for index, cosine in enumerate(cosines):
             factor = math.exp(0.3 * math.tanh(5 * cosine))
