@@ -44,8 +44,8 @@ class WindowGains:
         cos = -sum <g, d> / sqrt(sum ||g||^2 ||d||^2)
         a <- clip(a exp(eta tanh(5 cos)), minimum, maximum).
 
-    Where the mean of cos over tensors is negative, every gain falls to at most 0.4 a,
-    behind the first window too, which moves nothing.
+    Where the mean of cos over tensors is negative beyond ``DOUBT``, every gain falls to
+    at most 0.4 a; behind the first window, which moves nothing, beyond ``FIRST_DOUBT``.
 
     Steps whose gradient was not measured along d count, and add nothing to either sum.
 
