@@ -68,7 +68,7 @@ def load_into(run: Run, rebuild: Callable[[], Run], state: dict[str, Any]) -> Ru
         return fresh
     for group in run.base.param_groups:
         group.setdefault(BLOB_KEY, "")
-    fresh.space.restore_dtypes()
+    fresh.space.restore()
     if not text:
         # A bare base's checkpoint: its state is trained, ours begins. With state
         # already there no zero step will create our keys later, so they come now.

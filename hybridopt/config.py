@@ -87,6 +87,9 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     """Smallest drift gain; keeps a way back up."""
     maximum: Positive = 8.0
     """Largest drift gain."""
+    memory_budget: NonNegative = 1024.0
+    """MiB that window and drift may take together, in bf16 if need be (4 bytes per
+    weight, a third weight copy); a model that needs more makes no drift moves."""
     hold: NonNegative = 2.0
     """How much of a rate that a schedule takes away is kept where drift pays: the step
     is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) in [0, 0.75]
@@ -253,8 +256,8 @@ class HybridConfig(Checked, frozen=True, kw_only=True):
     residual: ResidualConfig = ResidualConfig()
     """The residual corrector."""
     memory: Literal["default", "low"] = "default"
-    """default: at most 2 extra weight copies; low: at most 1, filtered drift off and
-    the snapshot in host memory."""
+    """default: 2 extra weight copies, and a third for drift moves where it fits into
+    ``drift.memory_budget``; low: 1 at most, no drift, the snapshot in host memory."""
     memory_budget: NonNegative = 64.0
     """MiB for optional buffers (secant pairs, full-precision directions, residual
     factors) beyond the copies of ``memory``."""

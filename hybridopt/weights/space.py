@@ -109,9 +109,9 @@ class WeightSpace:
         self._tensors.allocate(self.parameters())
         self._table.forget()
 
-    def restore_dtypes(self) -> None:
-        """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
-        self._tensors.restore_dtypes(self.parameters())
+    def restore(self) -> None:
+        """Mend what ``load_state_dict`` left; see ``HybridTensors.restore``."""
+        self._tensors.restore(self.parameters())
         self._table.forget()
 
     def complete(self) -> bool:

@@ -28,13 +28,14 @@ class HybridTensors:
 
     Args:
         base: Its state holds them.
-        config: ``memory``, ``memory_budget`` and whether drift is wanted.
+        config: ``memory``, ``memory_budget``, and ``drift``'s own budget.
     """
 
     def __init__(self, base: torch.optim.Optimizer, config: HybridConfig) -> None:
         self.base = base
         self.low_memory = config.memory == "low"
         self._budget = config.memory_budget * _MIB
+        self._drift_budget = config.drift.memory_budget * _MIB
         self._wants_drift = config.drift.enabled and not self.low_memory
 
     def extra_bytes(self, parameters: Sequence[Tensor]) -> int:
@@ -50,11 +51,11 @@ class HybridTensors:
 
     def drifts(self, parameters: Sequence[Tensor]) -> bool:
         """Whether drift moves are made: their two directions, in bf16 if need be, fit
-        into ``memory_budget``.
+        into ``drift.memory_budget``.
         """
         if not self._wants_drift:
             return False
-        return 2 * 2 * sum(shard_numel(p) for p in parameters) <= self._budget
+        return 2 * 2 * sum(shard_numel(p) for p in parameters) <= self._drift_budget
 
     def allocate(self, parameters: Sequence[Tensor]) -> None:
         """Make those of every parameter that the base has stepped (it has a gradient)
@@ -77,27 +78,35 @@ class HybridTensors:
                 if not self.low_memory:
                     state[LAG_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
                 if drifts:
-                    state[WINDOW_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
-                    state[DRIFT_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
+                    self._begin_drift(p, dtype)
 
-    def restore_dtypes(self, parameters: Sequence[Tensor]) -> None:
-        """Undo the cast to the parameter's dtype that ``load_state_dict`` makes."""
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        """Mend what ``load_state_dict`` left: it casts to the parameter's dtype, and
+        what was saved with less memory has no drift yet.
+        """
+        drifts = self.drifts(parameters)
         for p in parameters:
             state = self.base.state.get(p, {})
             dtype = self._basis_dtype(p, parameters)
             for key in KEYS[1:]:
                 if key in state and state[key].dtype != dtype:
                     state[key] = state[key].to(dtype)
+            if drifts and LAG_KEY in state and WINDOW_KEY not in state:
+                self._begin_drift(p, dtype)
             offloaded = self.low_memory and not hasattr(p, "placements")
             if offloaded and ANCHOR in state and local(p).device.type != "cpu":
                 state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
+
+    def _begin_drift(self, p: Tensor, dtype: torch.dtype) -> None:
+        for key in (WINDOW_KEY, DRIFT_KEY):
+            self.base.state[p][key] = torch.zeros_like(p.detach(), dtype=dtype)
 
     def _basis_dtype(
         self, parameter: Tensor, parameters: Sequence[Tensor]
     ) -> torch.dtype:
         """Precision of the directions: the parameter's own when they all fit into
         ``memory_budget`` that way, else bf16, which keeps anchor, step and lag at two
-        copies.
+        copies, and drift at a third.
         """
         if parameter.dtype.itemsize <= 2 or self.low_memory:
             return parameter.dtype
