@@ -138,10 +138,10 @@ class Bucket:
                     "sparse; predicted moves need dense gradients. Use "
                     "nn.Embedding(sparse=False), or enabled=False."
                 )
+        pairs = zip(gradients, self.parameters, strict=True)
+        found = [(local(g), p) for g, p in pairs if g is not None]
         self.gradients = [
-            local(g) if p.dim() != 1 else local(g).reshape(-1)
-            for g, p in zip(gradients, self.parameters, strict=True)
-            if g is not None
+            g if g.dim() == p.dim() else g.reshape(-1) for g, p in found
         ]
 
 
