@@ -46,7 +46,7 @@ def digest(run: Run, taken: Pending) -> Observation:
         mean_loss, refused = reading.loss, False
     gradient_sq = statistics[:, 0]
     # What is not finite stays so in a sum.
-    square = float(gradient_sq.sum())
+    square = float(gradient_sq.numpy().sum())
     norm = math.sqrt(square) if math.isfinite(square) else math.nan
     finite = math.isfinite(norm) and (not taken.has_loss or math.isfinite(mean_loss))
     finite = finite and not refused
@@ -167,7 +167,7 @@ def count_skip(run: Run, observation: Observation, verdict: Verdict) -> None:
 
 def largest(rates: Tensor) -> float:
     """The largest of (L,) learning rates; 0 without any."""
-    return float(rates.max()) if len(rates) else 0.0
+    return float(rates.numpy().max()) if len(rates) else 0.0
 
 
 def _view(run: Run, taken: Pending) -> tuple[Observation, Verdict]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hybridopt import correcting
@@ -183,7 +184,7 @@ def move_weights(
     everywhere, and a shard that alone refuses says so in the next observation, which
     then takes the whole move back on every rank.
     """
-    if not bool(coefficients.isfinite().all()):
+    if not np.isfinite(coefficients.numpy()).all():
         return False
     written = run.space.move(coefficients, scale, revocable=revocable)
     if run.collective.world_size == 1:

@@ -43,6 +43,7 @@ from hybridopt.types import (
     Mover,
     Observation,
     Verdict,
+    step_column,
 )
 from hybridopt.weights.reading import PendingReading
 
@@ -360,7 +361,7 @@ def _done(
         horizon=0 if move is None else move.horizon,
         confidence=forecast.confidence,
         progress=forecast.progress,
-        gain=float(forecast.coefficients[:, STEP].mean()),
+        gain=float(step_column(forecast.coefficients).mean()),
         learning_rate=rate,
         **known,
     )

@@ -55,6 +55,7 @@ UNITS = {
     "DriftConfig.initial": "windows of drift",
     "DriftConfig.minimum": "windows of drift",
     "DriftConfig.maximum": "windows of drift",
+    "DriftConfig.memory_budget": "MiB",
     "DriftConfig.hold": "per window of drift",
     "SecantConfig.pairs": "pairs",
     "SecantConfig.warmup_steps": "real steps",

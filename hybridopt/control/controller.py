@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.protocols import HorizonPolicy
 from hybridopt.types import (
-    STEP,
     Extent,
     Forecast,
     Level,
@@ -26,6 +26,7 @@ from hybridopt.types import (
     Phase,
     Plan,
     Verdict,
+    step_column,
 )
 
 __all__ = ["CONTEXT_SIZE", "Controller"]
@@ -43,12 +44,12 @@ IDLE_PROGRESS = 0.03
 """A move worth less than this many steps does not pay for its bookkeeping."""
 IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
-IDLE_STEPS = 30
+IDLE_STEPS = 15
 """Real steps in a row with idle moves before the optimizer coasts or goes to sleep."""
 WAKING_STEPS = 2
 """Last steps of a sleep at which weight space works again: when the sleep ends, a plan
 needs the base's newest displacement and the slopes of the one before."""
-PROBING_STEPS = 15
+PROBING_STEPS = 8
 """Whole steps between one sleep and the next."""
 GLANCES = 2
 """Coasting, one real step in so many is measured along the drift. Halves the host's
@@ -142,6 +143,7 @@ class Controller:
 
     # -- measuring a move ----------------------------------------------------------
 
+    @np.errstate(all="ignore")
     def outcome(self, observation: Observation, rolled_back: bool) -> Outcome | None:
         """How the observed move turned out, by the trapezoid rule on two gradients.
 
@@ -154,7 +156,7 @@ class Controller:
             return None
         progress = 0.0
         if not rolled_back and move.worth > 0 and move.base_worth > 0:
-            end = -float((move.coefficients[:, STEP] * observation.dots[:, STEP]).sum())
+            end = -float(step_column(move.coefficients) @ step_column(observation.dots))
             ratio = max(-1.0, min(1.0, end / move.worth))
             progress = 0.5 * (1.0 + ratio) * move.worth / move.base_worth
         cost = 1.0 + (2.0 if rolled_back else 0.0)
@@ -205,6 +207,7 @@ class Controller:
         self._turns_in = forecast.turns_in
         self.hold = forecast.hold
 
+    @np.errstate(all="ignore")
     def schedule(
         self,
         observation: Observation,
@@ -233,8 +236,8 @@ class Controller:
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
-        downhill = slopes.clamp_min(0.0)
-        worth = float((forecast.coefficients[:, STEP] * downhill).sum())
+        steps, falls = step_column(forecast.coefficients), slopes.numpy()
+        downhill = np.maximum(falls, 0.0)
         self.move = Move(
             forecast.coefficients,
             rates,
@@ -242,9 +245,9 @@ class Controller:
             arm,
             context,
             forecast.progress,
-            worth,
+            float(steps @ downhill),
             float(downhill.sum()),
-            float((forecast.coefficients[:, STEP] * slopes).sum()),
+            float(steps @ falls),
             forecast.loss,
             forecast.loss_sigma,
         )
@@ -325,16 +328,14 @@ class Controller:
 
     def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
         """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
-        squares = observation.gradient_sq * observation.basis_sq[:, STEP]
-        cosines = squares.rsqrt_().mul_(observation.dots[:, STEP])
-        mean = -float(cosines.nan_to_num_(0.0, 0.0, 0.0).mean())
+        cosines = step_column(observation.alignment)
         values = [
             1.0,
             forecast.confidence,
             math.log1p(max(forecast.progress, 0.0)) / 4.0,
             math.log1p(max(forecast.progress_lower, 0.0)) / 4.0,
             math.log(max(observation.lr_ratio, 1e-6)),
-            mean,
+            float(cosines.mean()) if len(cosines) else 0.0,
         ]
         return [v if math.isfinite(v) else 0.0 for v in values]
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.headroom import Headroom
 from hybridopt.dynamics.state import tensor_like
-from hybridopt.types import BASIS_SIZE, STEP, Observation
+from hybridopt.types import BASIS_SIZE, STEP
 
-__all__ = ["DEVIATION_FLOOR", "AlignmentGains", "alignments"]
+__all__ = ["DEVIATION_FLOOR", "AlignmentGains", "Numbers"]
 
 DEVIATION_FLOOR = 0.01
 """Added to standard errors and deviations of alignments: below a hundredth of a cosine
@@ -22,23 +24,17 @@ DRIFT_MEMORY = 0.95
 """Decay per real step of the drift alignments, which only the features look at."""
 ROLLBACK_FACTOR = 0.25
 _TINY = 1e-30
+Numbers = npt.NDArray[np.float64]
+"""A few numbers per parameter tensor. NumPy, because at this size a torch operation
+costs the host three times as long, and there are dozens per real step."""
 TOGETHER = 4.0
 """Geometric means of all gains that any of them may reach."""
 FADE = 0.7
 """Factor on gains per real step while the loss does not bear their promises out."""
 
 
-def _row(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def alignments(observation: Observation) -> Tensor:
-    """``Observation.alignment``, (L, J), in half the passes: it is asked for at every
-    real step, and every pass over a few numbers costs microseconds.
-    """
-    squares = observation.gradient_sq.unsqueeze(1) * observation.basis_sq
-    cosines = squares.rsqrt_().mul_(observation.dots).neg_()
-    return cosines.nan_to_num_(0.0, 0.0, 0.0)
+def _row(*values: float) -> Numbers:
+    return np.array(values, dtype=np.float64)
 
 
 class AlignmentGains:
@@ -71,19 +67,16 @@ class AlignmentGains:
         gain = config.gain
         self._memory = _row(gain.memory, DRIFT_MEMORY)
         self._fresh = 1 - self._memory
-        self._shrink = (self._fresh / (1 + self._memory)).sqrt()
+        self._shrink = np.sqrt(self._fresh / (1 + self._memory))
         # The drift column keeps statistics only; its gains are WindowGains'.
-        self._threshold = _row(gain.significance, gain.significance)
-        self._negative = -self._threshold
+        self._threshold = gain.significance
         self._half_rate = _row(gain.rate / 2, 0.0)
         self._minimum = _row(gain.minimum, 0.0)
         self._maximum = _row(gain.maximum, 0.0)
-        initial = _row(gain.initial, 0.0)
-        self._initial = initial.clamp(self._minimum, self._maximum)
+        self._initial = self._bounded(_row(gain.initial, 0.0))
         self._relaxation = gain.relaxation
         self._lone_maximum = gain.lone_maximum
         self._largest = gain.maximum
-        self._rest = _row(gain.minimum, 0.0)
         self._relaxes = gain.relaxation > 0.0 and gain.minimum > 0.0
         self._boost = gain.boost
         self._eager = max(gain.eager / gain.initial, 1.0) if gain.initial else 1.0
@@ -95,8 +88,7 @@ class AlignmentGains:
 
     def reset(self) -> None:
         """Initial gains, no statistics."""
-        self.gains = self._initial.repeat(self.size, 1)
-        """(L, J), in base steps."""
+        self._gains: Numbers = np.tile(self._initial, (self.size, 1))
         self._started = False
         self.restart()
 
@@ -106,15 +98,42 @@ class AlignmentGains:
         """Observations since the last restart."""
         self.headroom = Headroom()
         """Evidence of all tensors together that the rate is far too low."""
-        empty = torch.zeros(self.size, BASIS_SIZE, dtype=torch.float64, device="cpu")
-        self._remaining = torch.ones(BASIS_SIZE, dtype=torch.float64, device="cpu")
-        self.mean = empty
+        self._remaining: Numbers = np.ones(BASIS_SIZE)
+        self._mean: Numbers = np.zeros((self.size, BASIS_SIZE))
+        self._square: Numbers = np.zeros((self.size, BASIS_SIZE))
+        self._derive()
+
+    # -- what is known, as tensors: not to be written ---------------------------------
+
+    @property
+    def gains(self) -> Tensor:
+        """(L, J), in base steps."""
+        return torch.from_numpy(self._gains)
+
+    @gains.setter
+    def gains(self, value: Tensor) -> None:
+        self._gains = value.detach().numpy().copy()
+
+    @property
+    def mean(self) -> Tensor:
         """(L, J) running mean of the alignments."""
-        self._square = empty
-        self.deviation = empty
+        return torch.from_numpy(self._mean)
+
+    @property
+    def deviation(self) -> Tensor:
         """(L, J) running standard deviation of one alignment."""
-        self.error = empty + DEVIATION_FLOOR
+        return torch.from_numpy(self._deviation)
+
+    @property
+    def error(self) -> Tensor:
         """(L, J) standard error of ``mean``."""
+        return torch.from_numpy(self._error)
+
+    def significance(self) -> Tensor:
+        """(L, J) t-values of the mean alignments."""
+        return torch.from_numpy(self._mean / self._error)
+
+    # -- one real step -------------------------------------------------------------
 
     def absorb(self, alignment: Tensor) -> None:
         """Take in one (L, J) observation; gains stay."""
@@ -123,19 +142,19 @@ class AlignmentGains:
         if self.count <= self._settled:
             self._remaining = self._remaining * self._memory
             weight = weight / (1 - self._remaining)
-        self.mean = torch.lerp(self.mean, alignment, weight)
-        self._square = torch.lerp(self._square, alignment * alignment, weight)
+        seen = alignment.numpy()
+        self._mean = self._mean + weight * (seen - self._mean)
+        self._square = self._square + weight * (seen * seen - self._square)
         self.headroom.add(alignment[:, STEP])
         self._derive()
 
     def _derive(self) -> None:
-        variance = torch.addcmul(self._square, self.mean, self.mean, value=-1)
-        self.deviation = variance.clamp_min_(0.0).sqrt_()
-        self.error = (self.deviation * self._shrink).add_(DEVIATION_FLOOR)
+        variance = self._square - self._mean * self._mean
+        self._deviation: Numbers = np.sqrt(np.maximum(variance, 0.0))
+        self._error: Numbers = self._deviation * self._shrink + DEVIATION_FLOOR
 
-    def significance(self) -> Tensor:
-        """(L, J) t-values of the mean alignments."""
-        return self.mean / self.error
+    def _bounded(self, gains: Numbers) -> Numbers:
+        return np.minimum(np.maximum(gains, self._minimum), self._maximum)
 
     def grow(self, significance: Tensor) -> None:
         """Move the gains as (L, J) t-values say."""
@@ -143,20 +162,20 @@ class AlignmentGains:
         headroom = self.headroom.value
         if not self._started:
             self._started = True
-            self.gains = self.gains * self._eager**headroom
+            self._gains = self._gains * self._eager**headroom
+        t, limit = significance.numpy(), self._threshold
         # t minus its clamp is sign(t) max(|t| - t0, 0): the same rule in fewer passes.
-        excess = significance - significance.clamp(self._negative, self._threshold)
+        excess = t - np.minimum(np.maximum(t, -limit), limit)
         quiet = excess == 0.0
-        excess.clamp_(-2.0, 2.0)
+        excess = np.minimum(np.maximum(excess, -2.0), 2.0)
         if headroom > 0.0:
-            fast = excess * (1.0 + self._boost * headroom)
-            excess = torch.where(excess > 0.0, fast, excess)
-        factor = excess.mul_(self._half_rate).exp_()
-        if self._relaxes:
+            excess[excess > 0.0] *= 1.0 + self._boost * headroom
+        factor = np.exp(excess * self._half_rate)
+        if self._relaxes and quiet.any():
             # Drift gains are zero in here: 0 / tiny, not 0 / 0.
-            relaxed = (self._rest / self.gains.clamp_min(_TINY)).pow_(self._relaxation)
-            factor = torch.where(quiet, relaxed, factor)
-        self.gains = factor.mul_(self.gains).clamp_(self._minimum, self._maximum)
+            apart = self._minimum / np.maximum(self._gains, _TINY)
+            factor = np.where(quiet, apart**self._relaxation, factor)
+        self._gains = self._bounded(self._gains * factor)
         self._bound_loners()
 
     def _bound_loners(self) -> None:
@@ -165,14 +184,15 @@ class AlignmentGains:
         Where the rate is too low all tensors say so. A single one that keeps asking is
         one whose alignment is cheap to keep, and large gains on it cost the others.
         """
-        steps = self.gains[:, STEP]
+        steps = self._gains[:, STEP]
         if self.size == 0 or float(steps.max()) <= self._lone_maximum:
             return
-        bound = TOGETHER * float(steps.log().mean().exp())
+        with np.errstate(divide="ignore"):
+            bound = TOGETHER * float(np.exp(np.log(steps).mean()))
         bound = max(bound, self._lone_maximum)
         if bound < self._largest:
             bound *= (self._largest / bound) ** self.headroom.credit
-        steps.clamp_max_(bound)
+        np.minimum(steps, bound, out=steps)
 
     def hold_rate(self, lr_ratio: float) -> None:
         """Keep (1 + a) lr where it was when a scheduler raises the learning rate.
@@ -180,19 +200,18 @@ class AlignmentGains:
         A falling rate leaves gains as they are, since schedules mean to slow down.
         """
         if 1.0 < lr_ratio < math.inf:
-            held = (1 + self.gains[:, STEP]) / lr_ratio - 1
-            gains = self.gains.clone()
-            gains[:, STEP] = held
-            self.gains = gains.clamp_(self._minimum, self._maximum)
+            gains = self._gains.copy()
+            gains[:, STEP] = (1 + gains[:, STEP]) / lr_ratio - 1
+            self._gains = self._bounded(gains)
 
     def shrink(self) -> None:
         """After a rollback: a quarter of every gain, and fresh statistics."""
-        self.gains = (self.gains * ROLLBACK_FACTOR).clamp_(self._minimum, self._maximum)
+        self._gains = self._bounded(self._gains * ROLLBACK_FACTOR)
         self.restart()
 
     def fade(self) -> None:
         """While alignments are not to be trusted: gains shrink, evidence stays."""
-        self.gains = (self.gains * FADE).clamp_(self._minimum, self._maximum)
+        self._gains = self._bounded(self._gains * FADE)
 
     def coefficients(self) -> Tensor:
         """(L, J) multipliers of the basis, zero for the drift: see ``WindowGains``."""
@@ -204,21 +223,22 @@ class AlignmentGains:
             "count": self.count,
             "started": self._started,
             "headroom": self.headroom.state_dict(),
-            "remaining": self._remaining.clone(),
+            "remaining": torch.from_numpy(self._remaining.copy()),
             "gains": self.gains.clone(),
             "mean": self.mean.clone(),
-            "square": self._square.clone(),
+            "square": torch.from_numpy(self._square.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises CheckpointError, possibly half-way, on a mismatch."""
         count = int(state["count"])
-        remaining = tensor_like(state, "remaining", self._remaining)
-        gains = tensor_like(state, "gains", self.gains)
-        mean = tensor_like(state, "mean", self.mean)
-        square = tensor_like(state, "square", self._square)
-        self.count, self._remaining, self.gains = count, remaining, gains
-        self.mean, self._square = mean, square
+        remaining = tensor_like(state, "remaining", torch.from_numpy(self._remaining))
+        gains, mean, square = (
+            tensor_like(state, key, self.gains) for key in ("gains", "mean", "square")
+        )
+        self.count, self._remaining = count, remaining.numpy()
+        self._gains, self._mean = gains.numpy(), mean.numpy()
+        self._square = square.numpy()
         self._started = bool(state["started"])
         self.headroom.load_state_dict(state["headroom"])
         self._derive()

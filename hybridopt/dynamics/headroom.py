@@ -41,8 +41,9 @@ class Headroom:
 
     def add(self, alignment: Tensor) -> None:
         """Take in one real step's (L,) alignments with the step direction."""
-        if alignment.numel():
-            self._pooled.add(float(alignment.mean()))
+        values = alignment.tolist()
+        if values:
+            self._pooled.add(sum(values) / len(values))
 
     def remember(self) -> None:
         """Count h towards the credit; once per real step on which gains grow.

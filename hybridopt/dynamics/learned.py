@@ -14,7 +14,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.dynamics.calibration import Calibration
 from hybridopt.dynamics.correction import CHANNEL_LOSS, CHANNELS, Correction, Model
 from hybridopt.dynamics.features import FEATURES, FeatureExtractor
-from hybridopt.dynamics.gains import DEVIATION_FLOOR, alignments
+from hybridopt.dynamics.gains import DEVIATION_FLOOR
 from hybridopt.dynamics.prior import PriorPredictor, check_kind
 from hybridopt.dynamics.state import load_or_undo, tensor_like
 from hybridopt.types import BASIS_SIZE, STEP, Forecast, Observation, Outcome
@@ -97,7 +97,7 @@ class LearnedPredictor:
                 self.model.restart()
             self._seen = self._code = self._applied = None
             return
-        alignment = alignments(observation)
+        alignment = observation.alignment
         surprise = self.prior.surprise(alignment)
         self.prior.absorb(observation, alignment)
         if self._size == 0:

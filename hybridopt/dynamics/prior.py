@@ -6,16 +6,24 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.correction import CHANNEL_EFFICIENCY, CHANNEL_LOSS, Correction
-from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains, alignments
+from hybridopt.dynamics.gains import DEVIATION_FLOOR, AlignmentGains
 from hybridopt.dynamics.state import load_or_undo
 from hybridopt.dynamics.trend import Efficiency, Gate, Honesty, LossTrend
 from hybridopt.dynamics.window import WindowGains
-from hybridopt.types import DRIFT, STEP, Forecast, Observation, Outcome
+from hybridopt.types import (
+    DRIFT,
+    STEP,
+    Forecast,
+    Observation,
+    Outcome,
+    step_column,
+)
 
 __all__ = ["PriorPredictor", "Worth", "check_kind"]
 
@@ -66,7 +74,7 @@ class PriorPredictor:
         if observation.partial:
             self.coast(observation)
             return
-        self.absorb(observation, alignments(observation))
+        self.absorb(observation, observation.alignment)
         self.grow(observation.lr_ratio)
 
     def forecast(self, slopes: Tensor) -> Forecast:
@@ -106,14 +114,15 @@ class PriorPredictor:
             return None
         return (alignment - self.gains.mean) / (self.gains.deviation + DEVIATION_FLOOR)
 
+    @np.errstate(all="ignore")
     def absorb(self, observation: Observation, alignment: Tensor) -> None:
         """Take in the statistics of one real step; gains stay."""
         move = observation.move
         if move is not None and move.progress != 0.0:
-            gains = move.coefficients[:, STEP]
-            end = -float(gains.dot(observation.dots[:, STEP]))
+            gains = step_column(move.coefficients)
+            end = -float(gains @ step_column(observation.dots))
             self.efficiency.add(move.slope, end)
-            length = float((gains * gains).dot(observation.basis_sq[:, STEP]))
+            length = float((gains * gains) @ step_column(observation.basis_sq))
             norm = observation.gradient_norm
             # A float to a power raises on overflow; a product becomes inf.
             self.gate.add(end, length, norm * norm)
@@ -124,6 +133,7 @@ class PriorPredictor:
         self.window.absorb(observation)
         self.trend.add(observation.loss)
 
+    @np.errstate(all="ignore")
     def coast(self, observation: Observation) -> None:
         """Take in a real step of which only the drift was measured."""
         self.efficiency.skip()
@@ -133,6 +143,7 @@ class PriorPredictor:
         if self.moving:
             self.window.grow()
 
+    @np.errstate(all="ignore")
     def grow(self, lr_ratio: float, significance: Tensor | None = None) -> None:
         """Move the gains, by the prior's own t-values unless others are given.
 
@@ -191,7 +202,7 @@ class PriorPredictor:
             loss_sigma=worth.loss_sigma,
             turns_window=drift is not None,
             turns_in=self.window.turns_in,
-            drift_gain=float(self.window.gains.mean()) if self.window.enabled else 0.0,
+            drift_gain=self.window.mean_gain,
             hold=self.window.hold,
             latent=latent,
         )
@@ -235,10 +246,11 @@ class PriorPredictor:
 
 def _promised(observation: Observation) -> float:
     """-<g', delta> of the base step and the move behind it."""
-    taken = observation.dots[:, STEP]
+    dots = observation.dots.numpy()
+    taken = float(dots[:, STEP].sum())
     if observation.move is not None:
-        taken = taken + (observation.move.coefficients * observation.dots).sum(1)
-    return -float(taken.sum())
+        taken += float(np.vdot(observation.move.coefficients.numpy(), dots))
+    return -taken
 
 
 def _first_order(coefficients: Tensor, slopes: Tensor) -> float:

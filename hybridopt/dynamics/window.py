@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
+from hybridopt.dynamics.gains import Numbers
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.types import DRIFT, Observation
 
@@ -66,9 +68,9 @@ class WindowGains:
 
     def reset(self) -> None:
         """Initial gains, no window."""
-        empty = torch.zeros(self._size, dtype=torch.float64, device="cpu")
-        self.gains = empty + self._config.initial
-        """(L,) gains, in windows of drift."""
+        self.gains = torch.full(
+            (self._size,), self._config.initial, dtype=torch.float64, device="cpu"
+        )
         self.count = 0
         """Real steps in the current window."""
         self.turned = False
@@ -76,10 +78,33 @@ class WindowGains:
         self.windows = 0
         """Windows turned. Behind the first nothing moves: it holds the start of a
         training, which goes where the rest does not."""
-        self._dots, self._gradients, self._direction = empty, empty, empty
+        self._forget_sums()
         self._made = False
         self._late = False  # an observation from before the turn came behind it
         self._measured = False
+
+    def _forget_sums(self) -> None:
+        self._dots: Numbers = np.zeros(self._size)
+        self._gradients: Numbers = np.zeros(self._size)
+        self._direction: Numbers = np.zeros(self._size)
+
+    @property
+    def gains(self) -> Tensor:
+        """(L,) gains, in windows of drift; not to be written."""
+        return self._gains
+
+    @gains.setter
+    def gains(self, value: Tensor) -> None:
+        self._gains = value
+        # Asked for at every plan, changed once per window.
+        self._mean = float(value.mean()) if self._size else 0.0
+        logs = value.clamp_min(1e-12).log()
+        self._typical = float(logs.mean().exp()) if self._size else 0.0
+
+    @property
+    def mean_gain(self) -> float:
+        """Arithmetic mean of the gains; 0 without drift."""
+        return self._mean if self.enabled else 0.0
 
     @property
     def hold(self) -> float:
@@ -89,10 +114,10 @@ class WindowGains:
         slows that down as well as the noise: min(max(hold (b - 0.1), 0), 0.75) with b
         the geometric mean of the gains. 0 before the first of them was measured.
         """
-        if not (self.enabled and self._measured) or self._size == 0:
+        if not (self.enabled and self._measured):
             return 0.0
-        mean = float(self.gains.clamp_min(1e-12).log().mean().exp())
-        return min(max(self._config.hold * (mean - HOLD_FROM), 0.0), LARGEST_HOLD)
+        held = self._config.hold * (self._typical - HOLD_FROM)
+        return min(max(held, 0.0), LARGEST_HOLD)
 
     @property
     def full(self) -> bool:
@@ -118,14 +143,13 @@ class WindowGains:
         if self.turned:
             self.turned = False
             self.count = 0
-            self._dots = torch.zeros_like(self._dots)
-            self._gradients = torch.zeros_like(self._gradients)
+            self._forget_sums()
         self.count += 1
         if not observation.drift_measured:
             return
-        self._dots = self._dots - observation.dots[:, DRIFT]
-        self._gradients = self._gradients + observation.gradient_sq
-        self._direction = observation.basis_sq[:, DRIFT]
+        self._dots -= observation.dots.numpy()[:, DRIFT]
+        self._gradients += observation.gradient_sq.numpy()
+        self._direction = observation.basis_sq.numpy()[:, DRIFT].copy()
 
     def grow(self) -> None:
         """Move the gains when a window with a direction to measure along is full.
@@ -136,8 +160,9 @@ class WindowGains:
         first = self.windows > 0 and not self._measured
         if not (self.full and (self._made or first)) or self.turned:
             return
-        norm = (self._gradients * self._direction).sqrt().clamp_min(1e-300)
-        cosine = (self._dots / norm).nan_to_num(0.0, 0.0, 0.0)
+        norm = np.sqrt(self._gradients * self._direction)
+        cosine = torch.from_numpy(self._dots / np.maximum(norm, 1e-300))
+        cosine = cosine.nan_to_num(0.0, 0.0, 0.0)
         factor, doubt = torch.ones_like(cosine), FIRST_DOUBT
         if self._made:
             factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
@@ -182,17 +207,18 @@ class WindowGains:
             "made": self._made,
             "late": self._late,
             "measured": self._measured,
-            "dots": self._dots.clone(),
-            "gradients": self._gradients.clone(),
-            "direction": self._direction.clone(),
+            "dots": torch.from_numpy(self._dots.copy()),
+            "gradients": torch.from_numpy(self._gradients.copy()),
+            "direction": torch.from_numpy(self._direction.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises CheckpointError, possibly half-way, on a mismatch."""
         self.gains = tensor_like(state, "gains", self.gains)
-        self._dots = tensor_like(state, "dots", self._dots)
-        self._gradients = tensor_like(state, "gradients", self._gradients)
-        self._direction = tensor_like(state, "direction", self._direction)
+        self._dots, self._gradients, self._direction = (
+            tensor_like(state, key, self.gains).numpy()
+            for key in ("dots", "gradients", "direction")
+        )
         self.count, self.windows = int(state["count"]), int(state["windows"])
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
         self._late = bool(state.get("late", False))

@@ -140,9 +140,7 @@ class Bucket:
                 )
         pairs = zip(gradients, self.parameters, strict=True)
         found = [(local(g), p) for g, p in pairs if g is not None]
-        self.gradients = [
-            g if g.dim() == p.dim() else g.reshape(-1) for g, p in found
-        ]
+        self.gradients = [g if g.dim() == p.dim() else g.reshape(-1) for g, p in found]
 
 
 def _flattens(parameter: Tensor, held: dict[str, Tensor]) -> bool:

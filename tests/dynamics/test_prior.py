@@ -9,7 +9,6 @@ import torch
 
 from hybridopt.config import DriftConfig, GainConfig, HybridConfig, Prior
 from hybridopt.dynamics import build_predictor
-from hybridopt.dynamics.gains import alignments
 from hybridopt.types import STEP, Outcome
 from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
 from tests.parts import move_of
@@ -140,12 +139,15 @@ def test_prior_gains_without_evidence_come_to_rest():
     assert torch.stack(levels[id(wandering)][100:]).mean() > 0.08
 
 
-def test_alignments_equal_those_of_the_observation():
+def test_alignment_is_the_cosine_of_the_descent_direction_and_zero_without_one():
     one = noisy(1, L)[0]
-    assert torch.allclose(alignments(one), one.alignment, rtol=1e-14)
+    norms = (one.gradient_sq.unsqueeze(1) * one.basis_sq).sqrt()
+    torch.testing.assert_close(one.alignment, -one.dots / norms)
     zero = torch.zeros_like(one.dots)
     flat = observation(0, zero, dots=zero, basis_sq=zero)
-    assert alignments(flat).tolist() == flat.alignment.tolist() == zero.tolist()
+    assert flat.alignment.tolist() == zero.tolist()
+    lost = observation(0, zero, dots=zero + torch.nan)
+    assert lost.alignment.tolist() == zero.tolist()
 
 
 def test_prior_gain_grows_on_steady_alignment_and_falls_on_opposed():

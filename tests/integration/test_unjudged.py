@@ -25,6 +25,7 @@ from hybridopt.config import (
     Prior,
     ResidualConfig,
 )
+from hybridopt.control import controller
 from hybridopt.errors import RecoveryAction
 from hybridopt.kernels.torch_ops import TorchOps
 from hybridopt.run import Components
@@ -339,14 +340,15 @@ class _Listener(FixedPredictor):
         self.seen.append(observation)
 
 
-def test_what_is_observed_is_what_a_judged_step_would_have_observed():
+def test_what_is_observed_is_what_a_judged_step_would_have_observed(monkeypatch):
+    monkeypatch.setattr(controller, "IDLE_STEPS", 100)  # it stays awake
     heard = []
     for skips_on in (("cpu",), ()):
         problem = regression()
         listener = _Listener()
         parts = {"predictor": listener}
         opt = _build(problem, skips_on=skips_on, components=parts, max_predict_steps=0)
-        train(problem, opt, 32)  # until it falls asleep
+        train(problem, opt, 32)
         heard.append(listener.seen)
     late, now = heard
     assert len(late) == len(now) - 1 > 25
