@@ -54,6 +54,7 @@ def take_base_step(
     *,
     extent: Extent = Extent.WHOLE,
     held: bool = False,
+    final: bool = False,
 ) -> bool:
     """The base's own step, with displacement and drift taken in around it.
 
@@ -67,6 +68,7 @@ def take_base_step(
             back behind it, no buffers either.
         held: Whether a secant move is to undo the step's displacement, which then
             nobody needs either.
+        final: Whether nothing behind this step will be taken back: no buffers either.
 
     Returns:
         Whether that move was made.
@@ -97,7 +99,9 @@ def take_base_step(
     # A parameter that is new waits until something is measured.
     if extent is not Extent.GLANCE and not run.space.complete():
         run.space.allocate()
-    if not dozes or turning:
+    if final:
+        run.buffers = []
+    elif not dozes or turning:
         run.keep_buffers()
     return made
 

@@ -176,7 +176,11 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     planned = Planned()
     if before is not None:
         planned = plan_move(run, *before, taken.rates, taken.extent)
-    made = take_base_step(run, step_base, flag, planned.gains, extent=taken.extent)
+    # Only what a Predict phase moves can be taken back behind a step judged late.
+    final = planned.move is None or planned.move.horizon == 0
+    made = take_base_step(
+        run, step_base, flag, planned.gains, extent=taken.extent, final=final
+    )
     run.pending = taken
     run.counters.real_steps += 1
     mover = begin_move(run, planned, made=made)

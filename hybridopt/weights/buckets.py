@@ -8,7 +8,7 @@ groups, and replace state when they move or load it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ KEYS = (ANCHOR, STEP_KEY, LAG_KEY, WINDOW_KEY, DRIFT_KEY)
 """Keys in ``state[p]``; a fixed set, all there after the base's first step."""
 
 
+_is_sparse = attrgetter("is_sparse")
+
+
 @dataclass(slots=True)
 class Bucket:
     """Local tensors of parameters that share device, dtype, gradient and state."""
@@ -57,6 +60,10 @@ class Bucket:
     """(rows,) ||s||^2 where it is known since s was written; CPU only."""
     drift_sq: Tensor | None = None
     """(rows,) ||d||^2 likewise."""
+    plain: bool = True
+    """Whether no parameter is a shard or complex: its gradient is what it seems."""
+    flattened: bool = False
+    """Whether some tensors are kept as vectors; their gradients then come along."""
     finite_at: list[int] | None = None
     """Version of every parameter when all its weights were last known to be finite."""
 
@@ -67,8 +74,10 @@ class Bucket:
         keys = () if state is None else [k for k in KEYS if k in state]
         held = {k: local(state[k]) for k in keys} if state is not None else {}
         found = local(parameter)
+        self.plain = self.plain and found is parameter
         if _flattens(found, held):
             # Small tensors cost calls, not arithmetic: views are made once, not daily.
+            self.flattened = True
             found = found.detach().view(-1)
             held = {key: tensor.detach().view(-1) for key, tensor in held.items()}
         self.parameters.append(found)
@@ -131,16 +140,21 @@ class Bucket:
         if gradients[0] is None:
             self.gradients = []
             return
-        for row, gradient in zip(self.rows, gradients, strict=True):
-            if gradient is not None and gradient.is_sparse:
-                raise ConfigError(
-                    f"gradient of parameter {row} (shape {tuple(gradient.shape)}): is "
-                    "sparse; predicted moves need dense gradients. Use "
-                    "nn.Embedding(sparse=False), or enabled=False."
-                )
-        pairs = zip(gradients, self.parameters, strict=True)
-        found = [(local(g), p) for g, p in pairs if g is not None]
-        self.gradients = [g if g.dim() == p.dim() else g.reshape(-1) for g, p in found]
+        found = [g for g in gradients if g is not None]
+        if any(map(_is_sparse, found)):
+            row = next(r for r, g in zip(self.rows, found, strict=True) if g.is_sparse)
+            shape = tuple(self.sources[self.rows.index(row)].shape)
+            raise ConfigError(
+                f"gradient of parameter {row} (shape {shape}): is sparse; predicted "
+                "moves need dense gradients. Use nn.Embedding(sparse=False), or "
+                "enabled=False."
+            )
+        if not self.plain:
+            found = list(map(local, found))
+        if self.flattened:
+            pairs = zip(found, self.parameters, strict=True)
+            found = [g if g.dim() == p.dim() else g.reshape(-1) for g, p in pairs]
+        self.gradients = found
 
 
 def _flattens(parameter: Tensor, held: dict[str, Tensor]) -> bool:
@@ -159,7 +173,8 @@ class BucketTable:
         self._ready = False
         self._parameters: list[Tensor] = []
         self._present: list[bool] = []
-        self._states: list[Any] = []
+        self._keys: list[Tensor] = []
+        self._values: list[Any] = []
         self._pointers: list[int] = []
         self._buckets: list[Bucket] = []
 
@@ -179,41 +194,38 @@ class BucketTable:
         """Buckets of these parameters, with this step's gradients."""
         if self._ready:
             return self._buckets
-        state = self._base.state
         present = [p.grad is not None for p in parameters]
-        # ``get``, because indexing would insert the state of an unknown parameter.
-        states = [state.get(p) for p in parameters]
-        if not self._valid(parameters, present, states):
-            self._build(parameters, present, states)
+        if not self._valid(parameters, present):
+            self._build(parameters, present)
         for bucket in self._buckets:
             bucket.read_gradients()
         self._ready = True
         return self._buckets
 
-    def _valid(
-        self, parameters: list[Tensor], present: list[bool], states: list[Any]
-    ) -> bool:
+    def _valid(self, parameters: list[Tensor], present: list[bool]) -> bool:
         if len(parameters) != len(self._parameters):
             return False
         # A predicted step has no gradients at all; who is with whom then means nothing.
         if present != self._present and any(present):
             return False
-        same = all(map(is_, parameters, self._parameters))
-        # ``p.data = other`` keeps the parameter and leaves views of the old memory.
+        # Entry by entry in the state's own order: looking parameters up hashes them.
+        state, keys = self._base.state, self._keys
         return (
-            same
-            and all(map(is_, states, self._states))
-            and [local(p).data_ptr() for p in parameters] == self._pointers
+            all(map(is_, parameters, self._parameters))
+            and len(state) == len(keys)
+            and all(map(is_, state.keys(), keys))
+            and all(map(is_, state.values(), self._values))
+            # ``p.data = other`` keeps the parameter and leaves views of old memory.
+            and list(map(Tensor.data_ptr, parameters)) == self._pointers
         )
 
-    def _build(
-        self, parameters: list[Tensor], present: list[bool], states: list[Any]
-    ) -> None:
+    def _build(self, parameters: list[Tensor], present: list[bool]) -> None:
         found: dict[Any, Bucket] = {}
         plain = True
-        for row, (p, has, held) in enumerate(
-            zip(parameters, present, states, strict=True)
-        ):
+        state = self._base.state
+        for row, (p, has) in enumerate(zip(parameters, present, strict=True)):
+            # ``get``, because indexing would insert the state of an unknown parameter.
+            held = state.get(p)
             tracked = held is not None and ANCHOR in held
             key = (p.device, p.dtype, tracked, has)
             bucket = found.get(key)
@@ -224,5 +236,6 @@ class BucketTable:
             plain = plain and not hasattr(p, "_local_tensor")
         self._buckets = list(found.values())
         self._parameters = list(parameters) if plain else []
-        self._present, self._states = present, states
-        self._pointers = [local(p).data_ptr() for p in parameters] if plain else []
+        self._present = present
+        self._keys, self._values = list(state.keys()), list(state.values())
+        self._pointers = list(map(Tensor.data_ptr, parameters)) if plain else []

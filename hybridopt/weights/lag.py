@@ -53,18 +53,15 @@ class DozingLag:
         kept, taken = self._rates()
         for bucket in buckets:
             if bucket.lags:
-                lists = (bucket.parameters, bucket.anchors, bucket.steps)
-                for theta, anchor, way in zip(*lists, strict=True):
-                    torch.sub(theta, anchor, out=way)
                 if self.windows:
+                    # D += (v + s) - v', the first term before v is written.
                     torch._foreach_add_(bucket.windows, bucket.lags)
-                    torch._foreach_add_(bucket.windows, bucket.steps)
-                for way, lag in zip(bucket.steps, bucket.lags, strict=True):
-                    lag.mul_(kept).add_(way, alpha=taken)
+                take = _take_on_host if bucket.on_host else _take_on_device
+                take(bucket, ops, kept, taken)
                 if self.windows:
+                    torch._foreach_add_(bucket.windows, bucket.steps)
                     torch._foreach_sub_(bucket.windows, bucket.lags)
                 bucket.step_sq = None
-                ops.copy(bucket.parameters, bucket.anchors)
         self.steps = 0
 
     def now(self, bucket: Bucket) -> list[Tensor]:
@@ -79,6 +76,25 @@ class DozingLag:
             for p, a in zip(bucket.parameters, bucket.anchors, strict=True)
         ]
         return [v * kept + w * taken for v, w in zip(lags, ways, strict=True)]
+
+
+def _take_on_host(bucket: Bucket, ops: Ops, kept: float, taken: float) -> None:
+    """S <- theta - anchor, v <- kept v + taken s, anchor <- theta."""
+    lists = (bucket.parameters, bucket.anchors, bucket.steps)
+    for theta, anchor, way in zip(*lists, strict=True):
+        torch.sub(theta, anchor, out=way)
+    for way, lag in zip(bucket.steps, bucket.lags, strict=True):
+        lag.mul_(kept).add_(way, alpha=taken)
+    ops.copy(bucket.parameters, bucket.anchors)
+
+
+def _take_on_device(bucket: Bucket, ops: Ops, kept: float, taken: float) -> None:
+    """The same in a few launches: ``Ops.advance`` does it with one factor for both, so
+    v gets the ratio first. Its sums are not needed, nor whose they are.
+    """
+    torch._foreach_mul_(bucket.lags, kept / taken)
+    thetas = bucket.parameters
+    ops.advance(thetas, thetas, bucket.anchors, bucket.steps, bucket.lags, taken)
 
 
 @contextmanager

@@ -8,8 +8,11 @@ import torch
 from hybridopt import HybridPredictOptimizer
 from hybridopt.config import GainConfig, Prior, SecantConfig
 from hybridopt.control.controller import WAKING_STEPS
+from hybridopt.kernels.torch_ops import TorchOps
 from hybridopt.types import Extent
 from hybridopt.weights import WeightSpace
+from hybridopt.weights.buckets import Bucket
+from hybridopt.weights.lag import _take_on_device, _take_on_host
 from tests.problems import assert_same_bits, regression, train
 
 OFF = SecantConfig(enabled=False)
@@ -140,3 +143,26 @@ def test_a_parameter_that_gets_its_first_gradient_in_sleep_joins_in():
     assert not opt.run.controller.asleep
     assert 0.0 < float(opt.state[late]["hybrid_step"].abs().sum()) < 1.0
     assert bool(late.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_taking_slept_steps_in_agree(dtype):
+    generator = torch.Generator().manual_seed(0)
+    theta, anchor, lag = (torch.randn(50, generator=generator) for _ in range(3))
+    found = []
+    for take in (_take_on_host, _take_on_device):
+        bucket = Bucket(
+            tracked=True,
+            parameters=[theta.clone()],
+            anchors=[anchor.clone()],
+            steps=[torch.zeros(50, dtype=dtype)],
+            lags=[lag.to(dtype, copy=True)],
+        )
+        take(bucket, TorchOps(), 0.78, 0.87)
+        assert_same_bits(bucket.anchors, [theta])
+        found.append((bucket.steps[0].float(), bucket.lags[0].float()))
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-6
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    expected = 0.78 * lag + 0.87 * (theta - anchor)
+    torch.testing.assert_close(found[1][1], expected, rtol=tolerance, atol=tolerance)
