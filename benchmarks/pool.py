@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.cases import CASES
 from benchmarks.runner import Run
 from benchmarks.suite import Options, runs_of
@@ -116,6 +117,8 @@ def _serial(
     deadline: float | None,
     clock: Callable[[], float],
 ) -> Iterator[Event]:
+    keep_freed_memory()
+
     def late() -> bool:
         return deadline is not None and clock() >= deadline
 
@@ -131,6 +134,7 @@ def _serve(pipe: Connection, options: Options, stop: Any) -> None:
     # The parent decides when to end; a Ctrl-C in the terminal reaches every process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     while (job := pipe.recv()) is not None:
         for event in _reports(job, options, stop.is_set):
             pipe.send(event)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.suite import Options
 
 __all__ = ["command_line", "hardware", "provenance"]
@@ -45,6 +46,7 @@ def provenance(
         "cores": os.cpu_count(),
         "jobs": jobs,
         "threads": options.threads,
+        "memory": "kept by the process" if keep_freed_memory() else "as malloc likes",
         "versions": versions,
     }
 

@@ -48,7 +48,8 @@ def document(meta: dict[str, Any], results: Sequence[CaseResult]) -> str:
         f"- command: `{meta['command']}`",
         f"- commit {meta['commit']}, {meta['date']}, scale {meta['scale']}, "
         f"seeds {meta['seeds']}",
-        f"- {meta['hardware']}, {shared}, {meta['threads']} threads each; {versions}",
+        f"- {meta['hardware']}, {shared}, {meta['threads']} threads each, freed memory "
+        f"{meta.get('memory', 'as malloc likes')}; {versions}",
         "",
         _incomplete(results),
         "## Classes and arms: speedup in time",
