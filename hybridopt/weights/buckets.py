@@ -142,12 +142,12 @@ class Bucket:
             return
         found = [g for g in gradients if g is not None]
         if any(map(_is_sparse, found)):
-            row = next(r for r, g in zip(self.rows, found, strict=True) if g.is_sparse)
-            shape = tuple(self.sources[self.rows.index(row)].shape)
+            pairs = zip(self.rows, gradients, strict=True)
+            row, bad = next((r, g) for r, g in pairs if g is not None and g.is_sparse)
             raise ConfigError(
-                f"gradient of parameter {row} (shape {shape}): is sparse; predicted "
-                "moves need dense gradients. Use nn.Embedding(sparse=False), or "
-                "enabled=False."
+                f"gradient of parameter {row} (shape {tuple(bad.shape)}): is sparse; "
+                "predicted moves need dense gradients. Use "
+                "nn.Embedding(sparse=False), or enabled=False."
             )
         if not self.plain:
             found = list(map(local, found))
