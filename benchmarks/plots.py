@@ -66,6 +66,7 @@ def draw_class(results: Sequence[CaseResult], path: Path) -> None:
         for axes, amount, unit in zip(row, ("cost", clock), units, strict=True):
             _draw(axes, result, amount, styles)
             axes.set(xscale="log", xlabel=unit, ylabel="loss", title=result.case)
+            _plain_ticks(axes.xaxis)
             if result.mode == "target":
                 axes.set_yscale("log")
             axes.grid(alpha=0.3)
@@ -82,6 +83,17 @@ def draw_class(results: Sequence[CaseResult], path: Path) -> None:
     )
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... in plain digits: powers of ten, where an axis spans two decades,
+    leave it without a number or write them into each other.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _styles(results: Sequence[CaseResult]) -> dict[str, dict[str, Any]]:
