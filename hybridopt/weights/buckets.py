@@ -142,8 +142,10 @@ class Bucket:
             return
         found = [g for g in gradients if g is not None]
         if any(map(_is_sparse, found)):
-            pairs = zip(self.rows, gradients, strict=True)
-            row, bad = next((r, g) for r, g in pairs if g is not None and g.is_sparse)
+            numbered = zip(self.rows, gradients, strict=True)
+            row, bad = next(
+                (r, g) for r, g in numbered if g is not None and _is_sparse(g)
+            )
             raise ConfigError(
                 f"gradient of parameter {row} (shape {tuple(bad.shape)}): is sparse; "
                 "predicted moves need dense gradients. Use "
