@@ -21,8 +21,9 @@ from benchmarks.plots import draw
 from benchmarks.pool import Interrupted, interruptible, run_jobs
 from benchmarks.progress import Progress, ordered, shown
 from benchmarks.provenance import command_line, provenance
+from benchmarks.resuming import resumed, waiting
 from benchmarks.store import load, save
-from benchmarks.suite import Options, runs_of
+from benchmarks.suite import CaseResult, Options, runs_of
 from benchmarks.tables import document
 from benchmarks.tasks.base import TaskUnavailableError
 
@@ -71,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         help="start nothing later; say what is missing",
+    )
+    running.add_argument(
+        "--resume",
+        type=Path,
+        help="JSON of a run that was cut: go on in that file with the same arguments",
     )
     running.add_argument("--out", type=Path, default=_RESULTS, help="results folder")
     running.add_argument("--no-plots", action="store_true", help="tables only")
@@ -163,8 +169,12 @@ def _run(parsed: argparse.Namespace) -> int:
     device = re.sub(r"[^a-z0-9]+", "-", meta["hardware"].lower()).strip("-")[:24]
     title = parsed.name or (cases[0].name if len(cases) == 1 else "all")
     stem = parsed.out / f"{title}_{device}_{meta['date']}"
-    collected = Collected(cases, options, lambda rs: save(_json(stem), meta, rs))
-    jobs = ordered([case.name for case in cases], options)
+    kept: list[CaseResult] = []
+    if parsed.resume:
+        stem = parsed.resume.parent / parsed.resume.name.removesuffix(".json")
+        meta, kept = resumed(parsed.resume, meta, cases, options)
+    collected = Collected(cases, options, lambda rs: save(_json(stem), meta, rs), kept)
+    jobs = waiting(ordered([case.name for case in cases], options), kept)
     events = run_jobs(jobs, options, parsed.jobs, minutes=parsed.minutes)
     interrupted = ""
     try:

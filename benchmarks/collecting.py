@@ -24,6 +24,7 @@ class Collected:
         cases: In the order of the result.
         options: What every case was asked for.
         save: Writes the results.
+        kept: Results to begin with, of some of the cases.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class Collected:
         cases: Sequence[Case],
         options: Options,
         save: Callable[[list[CaseResult]], None],
+        kept: Sequence[CaseResult] = (),
     ) -> None:
         self._cases, self._options, self._save = cases, options, save
         self._results = {case.name: CaseResult.empty(case, options) for case in cases}
+        self._results |= {result.case: result for result in kept}
         self._saved = time.monotonic()
 
     def take(self, event: Event) -> None:

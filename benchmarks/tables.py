@@ -42,10 +42,12 @@ def document(meta: dict[str, Any], results: Sequence[CaseResult]) -> str:
     """The whole result file."""
     versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items())
     shared = f"{meta.get('jobs', 1)} jobs at once on {meta.get('cores', '?')} cores"
+    sittings = meta.get("sittings", 1)
+    parts = f", in {sittings} sittings (`--resume`)" if sittings > 1 else ""
     lines = [
         "# Time to equal loss",
         "",
-        f"- command: `{meta['command']}`",
+        f"- command: `{meta['command']}`{parts}",
         f"- commit {meta['commit']}, {meta['date']}, scale {meta['scale']}, "
         f"seeds {meta['seeds']}",
         f"- {meta['hardware']}, {shared}, {meta['threads']} threads each, freed memory "

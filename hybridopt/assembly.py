@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hybridopt.closure import requires_closure
 from hybridopt.config import HybridConfig
 from hybridopt.control import Controller, build_policy
-from hybridopt.control.controller import CONTEXT_SIZE
+from hybridopt.control.context import CONTEXT_SIZE
 from hybridopt.distributed import build_collective, reduction_weights
 from hybridopt.dynamics import build_predictor
 from hybridopt.guard import DivergenceMonitor

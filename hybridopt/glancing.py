@@ -46,7 +46,7 @@ def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
     ]
     if not all(g.is_cpu and g.layout is torch.strided for g in gradients):
         return None
-    norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    norm = _norm(gradients)
     value = math.nan if loss is None else float(loss)
     if not math.isfinite(norm) or not math.isfinite(run.top_rate()):
         return None
@@ -84,6 +84,17 @@ def pass_by(run: Run, seen: Glance) -> None:
     run.monitor.real_step()
     if math.isfinite(seen.loss):
         run.last_loss = seen.loss
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    """Norm of all of them. ``torch.nn.utils.get_total_norm`` sorts them by device and
+    kind first, which takes as long as the norm itself where tensors are small.
+    """
+    if not gradients:
+        return 0.0
+    with torch.no_grad():
+        norms = torch.stack(torch._foreach_norm(gradients))
+        return float(torch.linalg.vector_norm(norms))
 
 
 @lru_cache(maxsize=4)

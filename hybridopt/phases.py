@@ -45,6 +45,7 @@ from hybridopt.types import (
     Verdict,
     step_column,
 )
+from hybridopt.weights.averages import averages_gradients
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["Done", "predicted_step", "real_step", "validated_step"]
@@ -110,7 +111,11 @@ def _extent(run: Run) -> Extent:
     if run.space.held:
         coasting = run.controller.sleep_steps > 0 and run.controller.coasting
         return Extent.DRIFT if coasting else Extent.NORM
-    return run.controller.extent if run.space.can_doze else Extent.WHOLE
+    if not run.space.can_doze:
+        return Extent.WHOLE
+    if run.controller.coasting:
+        run.controller.averaged = averages_gradients(run.base)
+    return run.controller.extent
 
 
 def _judged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Done:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.config import HybridConfig
+from hybridopt.control.context import context_of
 from hybridopt.protocols import HorizonPolicy
 from hybridopt.types import (
     Extent,
@@ -29,10 +30,7 @@ from hybridopt.types import (
     step_column,
 )
 
-__all__ = ["CONTEXT_SIZE", "Controller"]
-
-CONTEXT_SIZE = 6
-"""Length of the bandit's context, see ``Controller._context``."""
+__all__ = ["Controller"]
 
 FORWARD_COST = 1.0 / 3.0
 """Cost of a forward pass in real steps (a backward is 2/3)."""
@@ -54,6 +52,8 @@ PROBING_STEPS = 8
 GLANCES = 2
 """Coasting, one real step in so many is measured along the drift. Halves the host's
 work; a window still has 20 measurements."""
+AVERAGED_GLANCES = 4
+"""The same where the base's own average of its gradients is measured."""
 DEEP_GLANCES = 8
 """Asleep, one real step in so many is judged, so that the monitor keeps up."""
 FIRST_SLEEP_STEPS = 64
@@ -80,6 +80,8 @@ class Controller:
         """Whether the sleep is a light one, in which drift windows go on."""
         self.hold = 0.0
         """Exponent of the share of a decaying rate to hold, by the newest forecast."""
+        self.averaged = False
+        """Whether the base averages its gradients; told before each real step."""
         self._turns_in = 0
         self._sleep_length = FIRST_SLEEP_STEPS
         self._idle_steps = 0
@@ -121,7 +123,8 @@ class Controller:
             return Extent.NORM if judged else Extent.GLANCE
         if self._turning:
             return Extent.TURN
-        measured = self.real_steps % GLANCES == 0
+        interval = AVERAGED_GLANCES if self.averaged else GLANCES
+        measured = self.real_steps % interval == 0
         return Extent.DRIFT if measured else Extent.GLANCE
 
     @property
@@ -130,7 +133,9 @@ class Controller:
         extent = self.extent
         if extent is not Extent.GLANCE:
             return extent
-        return Extent.DRIFT if self.coasting else Extent.NORM
+        # Gradients that no average holds are all measured, since each is there.
+        alone = self.coasting and not self.averaged
+        return Extent.DRIFT if alone else Extent.NORM
 
     @property
     def _turning(self) -> bool:
@@ -232,7 +237,7 @@ class Controller:
         lower = forecast.progress_lower
         if math.isfinite(lower):
             self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
-        context = self._context(observation, forecast)
+        context = context_of(observation, forecast)
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)
         horizon = self.policy.horizons[arm]
@@ -325,19 +330,6 @@ class Controller:
             self.coasting = drifts
             self.sleep_steps = min(self._sleep_length, longest)
             self._sleep_length = min(2 * self._sleep_length, longest)
-
-    def _context(self, observation: Observation, forecast: Forecast) -> list[float]:
-        """Bias, confidence, log progress, log bound, log lr ratio, mean alignment."""
-        cosines = step_column(observation.alignment)
-        values = [
-            1.0,
-            forecast.confidence,
-            math.log1p(max(forecast.progress, 0.0)) / 4.0,
-            math.log1p(max(forecast.progress_lower, 0.0)) / 4.0,
-            math.log(max(observation.lr_ratio, 1e-6)),
-            float(cosines.mean()) if len(cosines) else 0.0,
-        ]
-        return [v if math.isfinite(v) else 0.0 for v in values]
 
     # -- state --------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ class WindowGains:
     Where the mean of cos over tensors is negative beyond ``DOUBT``, every gain falls to
     at most 0.4 a; behind the first window, which moves nothing, beyond ``FIRST_DOUBT``.
 
-    Steps whose gradient was not measured along d count, and add nothing to either sum.
+    A step whose gradient was not measured along d counts for both sums as the next one
+    does that was.
 
     Running dots need no gradient buffer; the mean gradient's own norm is replaced by
     the root of the summed squares, which is what it is when noise dominates.
@@ -87,6 +88,7 @@ class WindowGains:
         self._dots: Numbers = np.zeros(self._size)
         self._gradients: Numbers = np.zeros(self._size)
         self._direction: Numbers = np.zeros(self._size)
+        self._unmeasured = 0  # real steps since the last one that was measured
 
     @property
     def gains(self) -> Tensor:
@@ -146,9 +148,12 @@ class WindowGains:
             self._forget_sums()
         self.count += 1
         if not observation.drift_measured:
+            self._unmeasured += 1
             return
-        self._dots -= observation.dots.numpy()[:, DRIFT]
-        self._gradients += observation.gradient_sq.numpy()
+        steps = self._unmeasured + 1.0
+        self._unmeasured = 0
+        self._dots -= steps * observation.dots.numpy()[:, DRIFT]
+        self._gradients += steps * observation.gradient_sq.numpy()
         self._direction = observation.basis_sq.numpy()[:, DRIFT].copy()
 
     def grow(self) -> None:
@@ -207,6 +212,7 @@ class WindowGains:
             "made": self._made,
             "late": self._late,
             "measured": self._measured,
+            "unmeasured": self._unmeasured,
             "dots": torch.from_numpy(self._dots.copy()),
             "gradients": torch.from_numpy(self._gradients.copy()),
             "direction": torch.from_numpy(self._direction.copy()),
@@ -223,6 +229,7 @@ class WindowGains:
         self.turned, self._made = bool(state["turned"]), bool(state["made"])
         self._late = bool(state.get("late", False))
         self._measured = bool(state.get("measured", False))
+        self._unmeasured = int(state.get("unmeasured", 0))
 
 
 def _significance(cosine: Tensor) -> float:

@@ -28,6 +28,7 @@ from hybridopt.weights.advancing import (
     clear,
     copy_across,
 )
+from hybridopt.weights.averages import along_drift
 from hybridopt.weights.buckets import ANCHOR, KEYS, Bucket, BucketTable
 from hybridopt.weights.lag import DozingLag, averaged
 from hybridopt.weights.local import local
@@ -149,8 +150,7 @@ class WeightSpace:
                 values = self.ops.observe(bucket.gradients, [])
                 reading.add_statistics(bucket.rows, values)
             elif extent.along_drift:
-                drift, square = [bucket.drifts], [bucket.drift_sq]
-                values = self.ops.observe(bucket.gradients, drift, square)
+                values = along_drift(self.base, self.ops, bucket)
                 reading.add_statistics(bucket.rows, values, DRIFT)
             else:
                 values = self.ops.observe(

@@ -43,6 +43,47 @@ def test_run_writes_json_and_markdown(results):
     assert all(r["backwards"] == r["steps"] for r in runs)
 
 
+def cut(results, tmp_path, **changes):
+    """A copy of the results whose second seed was cut behind its first run."""
+    source = next(results.glob("*.json"))
+    values = json.loads(source.read_text())
+    values["meta"].update(changes)
+    runs = values["cases"][0]["runs"]
+    # A mark, to tell what was kept from what was made again.
+    runs[0]["final_loss"] = 123.0
+    runs.append({**runs[0], "seed": 1})
+    copy = tmp_path / "cut.v1.json"
+    copy.write_text(json.dumps(values))
+    return copy
+
+
+AGAIN = ["run", "control-minimax", "--arms", "base,ema", "--seeds", "2", *SMALL[2:]]
+
+
+def test_a_run_that_was_cut_goes_on_in_its_file(results, tmp_path, capsys):
+    copy = cut(results, tmp_path)
+    assert cli.main([*AGAIN, "--resume", str(copy)]) == 0
+    values = json.loads(copy.read_text())
+    runs = values["cases"][0]["runs"]
+    assert [(r["seed"], r["arm"], r["fraction"]) for r in runs] == [
+        (0, "base", 0.5), (0, "base", 1.0), (0, "ema", 1.0),
+        (1, "base", 0.5), (1, "base", 1.0), (1, "ema", 1.0),
+    ]  # fmt: skip
+    assert [r["final_loss"] == 123.0 for r in runs] == [True, *[False] * 5]
+    assert values["meta"]["sittings"] == 2
+    assert values["cases"][0]["missing"] == []
+    assert "in 2 sittings" in (tmp_path / "cut.v1.md").read_text()
+
+
+def test_another_version_is_not_resumed(results, tmp_path, capsys):
+    copy = cut(results, tmp_path, commit="0ldc0de")
+    before = copy.read_text()
+    with pytest.raises(SystemExit):
+        cli.main([*AGAIN, "--resume", str(copy)])
+    assert "commit '0ldc0de'" in capsys.readouterr().err
+    assert copy.read_text() == before
+
+
 def test_report_rebuilds_the_same_table(results, capsys):
     assert cli.main(["report", str(next(results.glob("*.json")))]) == 0
     document = next(results.glob("*.md")).read_text()

@@ -5,7 +5,7 @@ import torch
 
 from hybridopt.config import FixedHorizon, HybridConfig
 from hybridopt.control import Controller, build_policy
-from hybridopt.control.controller import CONTEXT_SIZE
+from hybridopt.control.context import CONTEXT_SIZE
 from hybridopt.types import Forecast, Level, Observation, RecoveryAction, Verdict
 
 
