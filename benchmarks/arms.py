@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -144,11 +145,14 @@ def _bare(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
 
 def _hybrid(
     *,
-    filtered: bool = False,
+    filtered: float = 0.5,
     moments: Literal["shrink", "advance"] | None = None,
     **overrides: Any,
 ) -> Build:
-    """Hybridopt with its one default configuration, less the named changes."""
+    """Hybridopt with its one default configuration, less the named changes.
+
+    Judged at ``evaluation_weights``, ``filtered`` of the way to the EMA.
+    """
 
     def build(model: nn.Module, meter: Meter, setup: Setup) -> Stepper:
         # Imported here: peers and statistics must work without the package's core.
@@ -163,7 +167,7 @@ def _hybrid(
             meter,
             scheduler=setup.scheduler(opt),
             takes_forward=True,
-            evaluation=opt.evaluation_weights if filtered else None,
+            evaluation=partial(opt.evaluation_weights, filtered) if filtered else None,
         )
 
     return build
@@ -285,9 +289,16 @@ HYBRID = Arm("hybrid", _hybrid())
 
 ABLATIONS = (
     Arm(
-        "hybrid:filtered",
-        _hybrid(filtered=True),
-        changes=("evaluation_weights",),
+        "hybrid:own-weights",
+        _hybrid(filtered=0.0),
+        changes=("judged at its own weights",),
+        rank=2,
+        headline_only=True,
+    ),
+    Arm(
+        "hybrid:ema",
+        _hybrid(filtered=1.0),
+        changes=("judged at the EMA of its weights",),
         rank=2,
         headline_only=True,
     ),

@@ -224,7 +224,7 @@ def _report(parsed: argparse.Namespace) -> int:
     results = joined([results for _, results in loaded])
     meta = dict(loaded[0][0])
     if len(loaded) > 1:
-        for key in ("command", "commit", "hardware"):
+        for key in ("command", "commit", "scale", "hardware", "jobs", "threads"):
             meta[key] = "; ".join(dict.fromkeys(str(m[key]) for m, _ in loaded))
         meta["seeds"] = sorted({seed for m, _ in loaded for seed in m["seeds"]})
     text = document(meta, results)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -234,16 +235,20 @@ def _bootstrapped(
     value, bound = estimate(range(count))
     if count < 2:
         return Estimate(value, bound, ())
-    generator = random.Random(seed)
     # Few seeds have few different resamples: 10 for three, 126 for five.
-    known: dict[tuple[int, ...], float] = {}
-    replicates = []
-    for _ in range(REPLICATES):
-        chosen = tuple(sorted(generator.randrange(count) for _ in range(count)))
-        if chosen not in known:
-            known[chosen] = estimate(chosen)[0]
-        replicates.append(known[chosen])
-    return Estimate(value, bound, tuple(replicates))
+    resamples = _resamples(count, seed)
+    known = {chosen: estimate(chosen)[0] for chosen in dict.fromkeys(resamples)}
+    return Estimate(value, bound, tuple(known[chosen] for chosen in resamples))
+
+
+@lru_cache(maxsize=64)
+def _resamples(count: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """The seeds that each replicate holds; the same for all arms of a case."""
+    generator = random.Random(seed)
+    return tuple(
+        tuple(sorted(generator.randrange(count) for _ in range(count)))
+        for _ in range(REPLICATES)
+    )
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:

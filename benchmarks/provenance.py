@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def provenance(
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "seeds": list(options.seeds),

@@ -101,9 +101,15 @@ class ArmFigures:
         return self.speedups[PROCESS if clock == "process" else WALL]
 
 
-def arm_figures(result: CaseResult) -> list[ArmFigures]:
-    """Figures of every arm and length in a case, the bare base's first."""
-    keys = dict.fromkeys((r.arm, r.fraction) for r in result.runs)
+def arm_figures(result: CaseResult, *arms: str) -> list[ArmFigures]:
+    """Figures of every arm and length in a case, the bare base's first.
+
+    Args:
+        result: The case.
+        arms: Those to work out; all without any.
+    """
+    runs = (r for r in result.runs if not arms or r.arm in arms)
+    keys = dict.fromkeys((r.arm, r.fraction) for r in runs)
     return [_figures(result, arm, fraction) for arm, fraction in keys]
 
 
@@ -248,9 +254,7 @@ def class_figures(results: Sequence[CaseResult], arm: str) -> list[ClassFigures]
 
     A case on which the arm broke is left out of the mean and fails the class.
     """
-    found = [
-        (r, f) for r in results if not r.skipped for f in arm_figures(r) if f.arm == arm
-    ]
+    found = [(r, f) for r in results if not r.skipped for f in arm_figures(r, arm)]
     classes: list[ClassFigures] = []
     for family, fraction in dict.fromkeys((r.family, f.fraction) for r, f in found):
         chosen = [
@@ -290,7 +294,8 @@ def against_default(
     """
     ratios: dict[str, list[Estimate]] = {}
     for result in results:
-        figures = {f.arm: f for f in arm_figures(result) if _headline(result, f)}
+        both = arm_figures(result, arm, "hybrid")
+        figures = {f.arm: f for f in both if _headline(result, f)}
         if arm not in figures or "hybrid" not in figures:
             continue
         pair = [

@@ -207,11 +207,23 @@ class HybridPredictOptimizer(Optimizer):
         """Totals and rates since the start; see ``hybridopt.statistics.summarize``."""
         return summarize(self._run)
 
-    def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Inside: the noise-filtered weights (EMA). On exit: the training weights, bit
-        for bit. Without filtered drift (memory="low") the weights stay as they are.
+    def evaluation_weights(self, share: float = 0.5) -> AbstractContextManager[None]:
+        """Inside: the noise-filtered weights. On exit: the training weights, bit for
+        bit. Without filtered drift (memory="low") the weights stay as they are.
+
+        Args:
+            share: In [0, 1]: how far from the weights towards their EMA. Half-way
+                filters most of the noise and lags half as much; 1 is the EMA itself.
+
+        Raises:
+            ConfigError: A share outside of that range.
         """
-        return self._run.space.averaged()
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(
+                f"share={share!r}: must be in [0, 1]. Use 1 for the EMA, 0.5 for the "
+                "weights half-way to it."
+            )
+        return self._run.space.averaged(share)
 
     def train_off(self) -> None:
         """Stop predicting for good: from here on, exactly the base optimizer."""

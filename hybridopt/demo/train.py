@@ -220,12 +220,16 @@ class TrainingRun:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Measure the held-out loss of the weights as they are; costs no budget."""
+        """Measure the held-out loss, hybridopt's at its evaluation weights; costs no
+        budget.
+        """
         self.model.eval()
         losses = []
-        for inputs, targets in self._validation:
-            with self.task.autocast():
-                losses.append(self.model.loss(inputs, targets))
+        judged = self.hybrid.evaluation_weights() if self.hybrid else nullcontext()
+        with judged:
+            for inputs, targets in self._validation:
+                with self.task.autocast():
+                    losses.append(self.model.loss(inputs, targets))
         self.model.train()
         loss = float(torch.stack(losses).mean())
         self._evaluations.append(Evaluation(self._step, self.cost, self._wall_s, loss))

@@ -98,12 +98,14 @@ def _take_on_device(bucket: Bucket, ops: Ops, kept: float, taken: float) -> None
 
 
 @contextmanager
-def averaged(buckets: Sequence[Bucket], lag: DozingLag, ops: Ops) -> Iterator[None]:
-    """Weights <- theta - v inside; the very bits back on exit."""
+def averaged(
+    buckets: Sequence[Bucket], lag: DozingLag, ops: Ops, share: float
+) -> Iterator[None]:
+    """Weights <- theta - share v inside; the very bits back on exit."""
     kept = [[p.clone() for p in b.parameters] for b in buckets]
     with torch.no_grad():
         for bucket in buckets:
-            torch._foreach_sub_(bucket.parameters, lag.now(bucket))
+            torch._foreach_sub_(bucket.parameters, lag.now(bucket), alpha=share)
     try:
         yield
     finally:

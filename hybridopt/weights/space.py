@@ -345,8 +345,8 @@ class WeightSpace:
     # -- averaged weights ------------------------------------------------------------
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Weights <- theta - v (their EMA) inside; the very bits back on exit.
+    def averaged(self, share: float = 1.0) -> Iterator[None]:
+        """Weights <- theta - share v inside (1: their EMA); the very bits back on exit.
 
         Without lag (memory="low", or before the first step) the weights stay.
         """
@@ -354,7 +354,7 @@ class WeightSpace:
             yield
             return
         self.refresh()
-        with averaged(self._tracked_buckets(), self._lag, self.ops):
+        with averaged(self._tracked_buckets(), self._lag, self.ops, share):
             yield
 
     # -- state -----------------------------------------------------------------------

@@ -23,7 +23,7 @@ def _build(problem, **overrides):
     )
 
 
-def test_evaluation_weights_are_the_ema_and_training_weights_come_back():
+def test_evaluation_weights_are_on_the_way_to_the_ema_and_training_weights_come_back():
     problem = regression()
     beta = 0.9
     opt = _build(problem, warmup_steps=1000, drift=DriftConfig(beta=beta))
@@ -36,10 +36,20 @@ def test_evaluation_weights_are_the_ema_and_training_weights_come_back():
             ema = weights
         ema = [beta * e + (1 - beta) * w for e, w in zip(ema, weights, strict=True)]
     before = problem.weights()
-    with opt.evaluation_weights():
-        for inside, average in zip(problem.weights(), ema, strict=True):
-            torch.testing.assert_close(inside, average, rtol=1e-4, atol=1e-5)
-    assert_same_bits(before, problem.weights())
+    for share, shares in (((), 0.5), ((1.0,), 1.0), ((0.0,), 0.0), ((0.25,), 0.25)):
+        with opt.evaluation_weights(*share):
+            inside = problem.weights()
+        for now, weight, average in zip(inside, before, ema, strict=True):
+            expected = weight + shares * (average - weight)
+            torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-5)
+        assert_same_bits(before, problem.weights())
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_outside_of_the_way_is_refused(share):
+    opt = _build(regression())
+    with pytest.raises(ConfigError, match="share="):
+        opt.evaluation_weights(share)
 
 
 def test_evaluation_weights_come_back_after_an_exception():
