@@ -54,6 +54,9 @@ GLANCES = 2
 work; a window still has 20 measurements."""
 AVERAGED_GLANCES = 4
 """The same where the base's own average of its gradients is measured."""
+SETTLING_SHARE = 0.4
+"""Share of a window in which that average still holds gradients that made the window's
+direction; their noise is in both, and would speak for it."""
 DEEP_GLANCES = 8
 """Asleep, one real step in so many is judged, so that the monitor keeps up."""
 FIRST_SLEEP_STEPS = 64
@@ -124,7 +127,7 @@ class Controller:
         if self._turning:
             return Extent.TURN
         interval = AVERAGED_GLANCES if self.averaged else GLANCES
-        measured = self.real_steps % interval == 0
+        measured = self.real_steps % interval == 0 and not self._settling
         return Extent.DRIFT if measured else Extent.GLANCE
 
     @property
@@ -136,6 +139,11 @@ class Controller:
         # Gradients that no average holds are all measured, since each is there.
         alone = self.coasting and not self.averaged
         return Extent.DRIFT if alone else Extent.NORM
+
+    @property
+    def _settling(self) -> bool:
+        left = self._turns_in / self.config.drift.window_steps
+        return self.averaged and left > 1.0 - SETTLING_SHARE
 
     @property
     def _turning(self) -> bool:

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+from hybridopt.control.controller import SETTLING_SHARE
 from hybridopt.types import DRIFT, STEP, Extent
 from hybridopt.weights.averages import averaged_gradients, averages_gradients
 from tests.problems import regression, train
-from tests.weights.test_coasting import coasting, train_until
+from tests.weights.test_coasting import K, coasting, train_until
 
 
 def parameters():
@@ -128,3 +129,19 @@ def test_a_resumed_run_measures_the_same_steps():
         train(p, o, 30, start=step + 3)
     for a, b in zip(problem.weights(), again.weights(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_average_that_made_the_direction_does_not_judge_it():
+    problem = regression()
+    opt = coasting(problem)
+    step = train_until(problem, opt, Extent.GLANCE)
+    measured, left_out = [], 0
+    for i in range(step, step + 8 * K):
+        controller = opt.run.controller
+        extent, share = controller.extent, 1.0 - controller._turns_in / K
+        if extent is Extent.DRIFT:
+            measured.append(share)
+        left_out += extent is Extent.GLANCE and share < SETTLING_SHARE
+        train(problem, opt, 1, start=i)
+    assert left_out > 4
+    assert min(measured) >= SETTLING_SHARE
