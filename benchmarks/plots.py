@@ -69,6 +69,8 @@ def draw_class(results: Sequence[CaseResult], path: Path) -> None:
             _plain_ticks(axes.xaxis)
             if result.mode == "target":
                 axes.set_yscale("log")
+            else:
+                _leave_out_of_sight(axes, result)
             axes.grid(alpha=0.3)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
@@ -83,6 +85,19 @@ def draw_class(results: Sequence[CaseResult], path: Path) -> None:
     )
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _leave_out_of_sight(axes: Any, result: CaseResult) -> None:
+    """Cut the picture above the bare base and hybridopt, where an arm that diverged
+    would make a line of all the others.
+    """
+    ends = [r.final_loss for r in result.runs if r.arm in ("base", "hybrid")]
+    known = [loss for loss in ends if math.isfinite(loss)]
+    if not known:
+        return
+    low, high = min(known), max(known)
+    if axes.get_ylim()[1] > high + 10.0 * (high - low) > high:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -204,6 +204,21 @@ def test_same_steps_asks_for_fewer_backwards_at_no_higher_loss():
     assert same_steps([worse])["case"].verdict == "fail"
 
 
+def test_a_diverged_arm_does_not_flatten_the_picture(monkeypatch, tmp_path):
+    tops = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, path: tops.append(self.axes[0].get_ylim()[1]),
+    )
+    result = example()
+    draw([result], tmp_path / "plain")
+    result.runs.append(finished("lookahead", 1.0, 100, 100, 1e9))
+    draw([result], tmp_path / "diverged")
+    worst = max(r.final_loss for r in result.runs if r.arm == "base")
+    assert worst < tops[-1] < 10 * worst
+    assert worst < tops[0] < 10 * worst
+
+
 @pytest.mark.parametrize("mode", ["schedule", "target"])
 def test_plots_are_one_per_class(mode, tmp_path):
     pytest.importorskip("matplotlib")
