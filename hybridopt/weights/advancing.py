@@ -11,7 +11,15 @@ from torch import Tensor
 from hybridopt.protocols import Ops
 from hybridopt.weights.buckets import Bucket
 
-__all__ = ["advance", "advance_low", "advance_moved", "clear", "copy_across"]
+__all__ = [
+    "advance",
+    "advance_low",
+    "advance_moved",
+    "clear",
+    "copy_across",
+    "restart",
+    "turn",
+]
 
 
 def advance(ops: Ops, bucket: Bucket, beta: float) -> Tensor:
@@ -90,6 +98,22 @@ def clear(buckets: Sequence[Bucket], *, drifts: bool = False) -> None:
         bucket.step_sq = None
         if drifts:
             bucket.drift_sq = None
+
+
+def turn(buckets: Sequence[Bucket]) -> None:
+    """The window's displacement becomes the drift direction: d <- D, D <- 0."""
+    for bucket in buckets:
+        if bucket.windows:
+            torch._foreach_copy_(bucket.drifts, bucket.windows)
+            bucket.drift_sq = None
+    restart(buckets)
+
+
+def restart(buckets: Sequence[Bucket]) -> None:
+    """D <- 0: a window begins."""
+    for bucket in buckets:
+        if bucket.windows:
+            torch._foreach_zero_(bucket.windows)
 
 
 def copy_across(

@@ -27,6 +27,8 @@ from hybridopt.weights.advancing import (
     advance_moved,
     clear,
     copy_across,
+    restart,
+    turn,
 )
 from hybridopt.weights.averages import along_drift
 from hybridopt.weights.buckets import ANCHOR, KEYS, Bucket, BucketTable
@@ -107,13 +109,17 @@ class WeightSpace:
 
         Bases test ``len(state[p]) == 0`` to initialize, so this never comes first.
         """
+        self._wake()
         self._tensors.allocate(self.parameters())
         self._table.forget()
 
     def restore(self) -> None:
         """Mend what ``load_state_dict`` left; see ``HybridTensors.restore``."""
-        self._tensors.restore(self.parameters())
+        mended = self._tensors.restore(self.parameters())
         self._table.forget()
+        if mended and self._lag.averages:
+            # What lags hold depends on their precision: the EMA starts anew.
+            self._clear()
 
     def complete(self) -> bool:
         """Whether every parameter that has a gradient has its hybrid tensors."""
@@ -122,11 +128,8 @@ class WeightSpace:
     def forget(self) -> None:
         """Start over from the weights as they are: no displacement, no drift."""
         self.allocate()
-        with torch.no_grad():
-            clear(self._tracked_buckets(), drifts=True)
-        self._slopes = []
-        self._lag.steps = 0
-        self.anchored = self.stepped = self.held = self.moved = self._owed = False
+        self._clear(drifts=True)
+        self.stepped = self.held = self.moved = self._owed = False
 
     # -- one real step -------------------------------------------------------------
 
@@ -165,9 +168,7 @@ class WeightSpace:
 
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
-        if self._lag.steps:
-            self._catch_up()
-            self.anchored = True
+        self._wake()
         for bucket in self._tracked_buckets():
             if self.low_memory:
                 self.ops.copy(bucket.parameters, bucket.steps)
@@ -216,8 +217,7 @@ class WeightSpace:
         """
         buckets = self._tracked_buckets()
         if not self.held:
-            clear(buckets)
-            self._lag.steps, self._slopes = 0, []
+            self._clear()
         for bucket in () if self.low_memory else buckets:
             self.ops.copy(bucket.parameters, bucket.anchors)
         self.anchored = self.held = True
@@ -229,42 +229,41 @@ class WeightSpace:
     @property
     def can_doze(self) -> bool:
         """Whether no move has to be taken back and the anchor starts the lag's way."""
-        return not self.moved and (self.anchored or self._lag.steps > 0)
+        return not self.moved and (self.anchored or self._lag.dozes)
 
     def doze(self, *, windows: bool, due: bool = False) -> None:
-        """Instead of ``before_base`` and ``after_base``, while nobody needs s: only the
-        EMA goes on, and once in a few steps at that.
+        """In the place of both, while nobody needs s: only the EMA goes on, at times.
 
         Args:
             windows: Whether the drift window goes on with it.
             due: Whether both have to be up to date behind this step.
         """
+        if windows is not self._lag.windows:
+            self._wake()
         self._slopes = []
-        self.stepped = self.held = False
+        self.anchored = self.stepped = self.held = False
         self._lag.windows = windows
         self._lag.steps += 1
-        self.anchored = due or self._lag.due
-        if self.anchored:
-            self._catch_up()
+        if due:
+            self._wake()
+        elif self._lag.due:
+            self._lag.catch_up(self._tracked_buckets(), self.ops)
+            self.anchored = not self._lag.averages
 
-    def _catch_up(self) -> None:
-        """Take the steps that were slept through into the lag, and set the anchor."""
-        self._lag.catch_up(self._tracked_buckets(), self.ops)
-        self._owed = self.low_memory
+    def _wake(self) -> None:
+        """Lag, window and anchor as of now, if they are not."""
+        if self._lag.dozes:
+            self._lag.wake(self._tracked_buckets(), self.ops)
+            self.anchored = True
+            self._owed = self.low_memory
 
     def turn_window(self) -> None:
-        """D <- D, D <- 0: the window's displacement becomes the drift direction."""
-        for bucket in self._tracked_buckets():
-            if bucket.windows:
-                torch._foreach_copy_(bucket.drifts, bucket.windows)
-                torch._foreach_zero_(bucket.windows)
-                bucket.drift_sq = None
+        """The window's displacement becomes the drift: d <- D, D <- 0."""
+        turn(self._tracked_buckets())
 
     def restart_window(self) -> None:
-        """D <- 0: begin a window here, without a move."""
-        for bucket in self._tracked_buckets():
-            if bucket.windows:
-                torch._foreach_zero_(bucket.windows)
+        """Begin a window here, without a move: D <- 0."""
+        restart(self._tracked_buckets())
 
     # -- moves ---------------------------------------------------------------------
 
@@ -350,18 +349,15 @@ class WeightSpace:
 
         Without lag (memory="low", or before the first step) the weights stay.
         """
-        if self.low_memory or not self.ready:
-            yield
-            return
         self.refresh()
-        with averaged(self._tracked_buckets(), self._lag, self.ops, share):
+        buckets = [] if self.low_memory else self._tracked_buckets()
+        with averaged(buckets, self._lag, self.ops, share):
             yield
 
     # -- state -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The flags and the host-bound slopes; tensors live in the base's state."""
-        rows = [(list(r), s.detach().cpu()) for r, s in self._slopes]
         if self._copied is not None:
             self._copied.synchronize()
         return {
@@ -370,9 +366,8 @@ class WeightSpace:
             "owed": self._owed,
             "stepped": self.stepped,
             "held": self.held,
-            "dozed": self._lag.steps,
-            "coasted": self._lag.windows,
-            "slopes": [[r, s] for r, s in rows],
+            **self._lag.state_dict(),
+            "slopes": [[list(r), s.detach().cpu()] for r, s in self._slopes],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -382,14 +377,19 @@ class WeightSpace:
         self._owed = bool(state.get("owed", False))
         self.stepped = bool(state["stepped"])
         self.held = bool(state.get("held", False))
-        self._lag.steps = int(state["dozed"])
-        self._lag.windows = bool(state["coasted"])
+        self._lag.load_state_dict(state)
         parameters = self.parameters()
         self._slopes = [
             (list(rows), values.to(local(parameters[rows[0]]).device))
             for rows, values in state["slopes"]
             if rows
         ]
+
+    def _clear(self, *, drifts: bool = False) -> None:
+        with torch.no_grad():
+            clear(self._tracked_buckets(), drifts=drifts)
+        self._lag.reset()
+        self._slopes, self.anchored = [], False
 
     # -- lists per device --------------------------------------------------------------
 

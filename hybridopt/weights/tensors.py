@@ -80,10 +80,14 @@ class HybridTensors:
                 if drifts:
                     self._begin_drift(p, dtype)
 
-    def restore(self, parameters: Sequence[Tensor]) -> None:
+    def restore(self, parameters: Sequence[Tensor]) -> bool:
         """Mend what ``load_state_dict`` left: it casts to the parameter's dtype, and
         what was saved with less memory has no drift yet.
+
+        Returns:
+            Whether anything had to be mended.
         """
+        mended = False
         drifts = self.drifts(parameters)
         for p in parameters:
             state = self.base.state.get(p, {})
@@ -91,11 +95,14 @@ class HybridTensors:
             for key in KEYS[1:]:
                 if key in state and state[key].dtype != dtype:
                     state[key] = state[key].to(dtype)
+                    mended = True
             if drifts and LAG_KEY in state and WINDOW_KEY not in state:
                 self._begin_drift(p, dtype)
+                mended = True
             offloaded = self.low_memory and not hasattr(p, "placements")
             if offloaded and ANCHOR in state and local(p).device.type != "cpu":
                 state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
+        return mended
 
     def _begin_drift(self, p: Tensor, dtype: torch.dtype) -> None:
         for key in (WINDOW_KEY, DRIFT_KEY):
