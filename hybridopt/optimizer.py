@@ -218,7 +218,7 @@ class HybridPredictOptimizer(Optimizer):
         Raises:
             ConfigError: A share outside of that range.
         """
-        if not 0.0 <= share <= 1.0:
+        if not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
             raise ConfigError(
                 f"share={share!r}: must be in [0, 1]. Use 1 for the EMA, 0.5 for the "
                 "weights half-way to it."

@@ -103,9 +103,12 @@ class DozingLag:
     def now(self, bucket: Bucket) -> list[Tensor]:
         """The lag as of now, in the parameters' precision; changes nothing."""
         weights, lags = bucket.parameters, bucket.lags
-        if self.averages and _is_precise(bucket):
+        if self.dozes and _is_precise(bucket):
+            averages = lags
+            if not self.averages:
+                averages = list(torch._foreach_sub(bucket.anchors, lags))
             left = 1.0 - self._pull()
-            return [(p - e) * left for p, e in zip(weights, lags, strict=True)]
+            return [(p - e) * left for p, e in zip(weights, averages, strict=True)]
         lags = [v.to(p.dtype) for v, p in zip(lags, weights, strict=True)]
         if self.steps == 0:
             return lags

@@ -79,7 +79,7 @@ def test_coasting_windows_hold_the_drift_of_whole_steps(monkeypatch):
         monkeypatch.undo()
         found.append(turns[0])
     coasted, whole = (torch.cat([d.flatten() for d in ds]) for ds in found)
-    # The EMA goes in straight ways of eight steps instead of through every point.
+    # The EMA takes weights in once in eight steps instead of at each.
     assert (coasted - whole).norm() < 0.1 * whole.norm()
 
 

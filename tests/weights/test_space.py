@@ -45,7 +45,7 @@ def test_evaluation_weights_are_on_the_way_to_the_ema_and_training_weights_come_
         assert_same_bits(before, problem.weights())
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "half", None])
 def test_a_share_outside_of_the_way_is_refused(share):
     opt = _build(regression())
     with pytest.raises(ConfigError, match="share="):
