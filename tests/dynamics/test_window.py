@@ -25,9 +25,9 @@ def drifting(**changes):
 def test_window_gains_follow_their_literal_twin():
     made = drifting(rate=0.3, maximum=1.2, minimum=0.2)
     rule = [0.5] * L
-    first, measured = True, False
+    first, measured, evidence = True, False, 0.0
     window: list = []
-    retreated, highest = set(), [0.0]
+    retreated, trusts, highest = set(), set(), [0.0]
     sign = torch.tensor([1.0, 1, 1, -1, 0]).double().unsqueeze(1)
     for i, plain in enumerate(noisy(30, L, seed=5)):
         # Half-way the drift turns against the gradients.
@@ -41,15 +41,17 @@ def test_window_gains_follow_their_literal_twin():
             assert not said.coefficients[:, DRIFT].any()
             continue
         cosines = []
-        for index in range(L) if measured else ():
+        for index in () if first else range(L):
             dots = sum(-float(step.dots[index, DRIFT]) for step in window)
             square = sum(float(step.gradient_sq[index]) for step in window)
             norm = math.sqrt(square * float(one.basis_sq[index, DRIFT]))
             cosines.append(dots / norm)
-        error = statistics.stdev(cosines) / math.sqrt(L) if cosines else 1.0
-        retreats = bool(cosines) and statistics.mean(cosines) / error < -0.8
+        if cosines:
+            z = statistics.mean(cosines) / (statistics.stdev(cosines) / math.sqrt(L))
+            evidence = 0.8 * evidence + 0.6 * min(max(z, -3.0), 3.0)
+        retreats = measured and z < -0.8
         retreated.add(retreats)
-        for index, cosine in enumerate(cosines):
+        for index, cosine in enumerate(cosines if measured else ()):
             factor = math.exp(0.3 * math.tanh(5 * cosine))
             factor = min(factor, 0.4) if retreats else factor
             rule[index] = min(max(rule[index] * factor, 0.2), 1.2)
@@ -60,12 +62,15 @@ def test_window_gains_follow_their_literal_twin():
             assert not said.coefficients[:, DRIFT].any()
             first, window = False, []
             continue
-        exact = torch.tensor(rule, dtype=torch.float64)
+        trust = min(max(evidence / 2.0, 0.0), 1.0)
+        trusts.add(trust)
+        exact = torch.tensor(rule, dtype=torch.float64) * trust
         assert torch.allclose(said.coefficients[:, DRIFT], exact, rtol=1e-9), i
         assert said.drift_gain == pytest.approx(sum(rule) / L)
         measured, window = True, []
     assert min(rule) < 0.5 < max(highest)
     assert retreated == {True, False}
+    assert {0.0, 1.0} < trusts
 
 
 @pytest.mark.parametrize(
@@ -74,11 +79,41 @@ def test_window_gains_follow_their_literal_twin():
 )
 def test_first_direction_says_only_whether_to_begin_carefully(tilts, first_gain):
     made = drifting()
-    first, tilt = None, torch.tensor(tilts).double().unsqueeze(1)
+    tilt = torch.tensor(tilts).double().unsqueeze(1)
     for i, plain in enumerate(noisy(2 * K, L, seed=5)):
         made.observe(observation(i, 0.2 * plain.alignment + tilt))
-        first = made.forecast(slopes(L)).coefficients[:, DRIFT]
-    assert first.tolist() == pytest.approx([first_gain] * L)
+        moved = made.forecast(slopes(L)).coefficients[:, DRIFT]
+    assert made.window.gains.tolist() == pytest.approx([first_gain] * L)
+    # What speaks for the direction so far, of the two standard errors that it takes.
+    shares = moved / first_gain
+    assert shares.tolist() == pytest.approx([0.9 if min(tilts) > 0.0 else 0.0] * L)
+
+
+def test_without_evidence_next_to_nothing_moves_and_no_rate_is_held():
+    made = drifting(hold=2.0)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0]).double().unsqueeze(1)
+    for i, plain in enumerate(noisy(20 * K, L, seed=5)):
+        # Windows that contradict each other, tensor by tensor, leave gains alone.
+        sign = signs if i // K % 2 else -signs
+        made.observe(observation(i, 0.02 * plain.alignment + 0.3 * sign))
+        said = made.forecast(slopes(L))
+        assert said.hold < 0.05
+        assert float(said.coefficients[:, DRIFT].max()) < 0.02
+    assert min(made.window.gains.tolist()) > 0.3
+
+
+def test_evidence_of_several_windows_adds_up():
+    made = drifting()
+    trusts = []
+    for i, plain in enumerate(noisy(12 * K, L, seed=5)):
+        made.observe(observation(i, plain.alignment + 0.05))
+        made.forecast(slopes(L))
+        trusts.append(made.window.trust)
+    assert trusts[2 * K - 2] == 0.0
+    assert max(trusts) == 1.0
+    other = drifting()
+    other.load_state_dict(made.state_dict())
+    assert other.window.trust == made.window.trust
 
 
 def test_hold_follows_the_geometric_mean_of_gains_once_one_was_measured():
@@ -89,8 +124,8 @@ def test_hold_follows_the_geometric_mean_of_gains_once_one_was_measured():
         said = made.forecast(slopes(L))
         holds.append(said.hold)
         mean = math.exp(statistics.mean(math.log(g) for g in made.window.gains))
-        measured = made.window.windows > 1
-        expected = min(max(2.0 * (mean - 0.1), 0.0), 0.75) if measured else 0.0
+        held = 2.0 * (mean - 0.1) * made.window.trust
+        expected = min(max(held, 0.0), 0.75)
         assert said.hold == pytest.approx(expected, rel=1e-12)
     assert holds[2 * K - 2] == 0.0 < holds[2 * K]
     assert drifting(hold=0.0).forecast(slopes(L)).hold == 0.0
