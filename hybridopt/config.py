@@ -92,8 +92,9 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     weight, a third weight copy); a model that needs more makes no drift moves."""
     hold: NonNegative = 2.0
     """How much of a rate that a schedule takes away is kept where drift pays: the step
-    is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) in [0, 0.75]
-    with b the geometric mean of the drift gains. 0 follows the schedule."""
+    is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) t in
+    [0, 0.75] with b the geometric mean of the drift gains and t in [0, 1] the evidence
+    for them. 0 follows the schedule."""
 
 
 class SecantConfig(Checked, frozen=True, kw_only=True):
