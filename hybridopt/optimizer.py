@@ -12,6 +12,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
@@ -218,7 +219,7 @@ class HybridPredictOptimizer(Optimizer):
         Raises:
             ConfigError: A share outside of that range.
         """
-        if not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
+        if not isinstance(share, (int, float, np.number)) or not 0.0 <= share <= 1.0:
             raise ConfigError(
                 f"share={share!r}: must be in [0, 1]. Use 1 for the EMA, 0.5 for the "
                 "weights half-way to it."

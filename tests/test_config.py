@@ -264,10 +264,20 @@ def test_config_takes_integers_for_floats_and_stays_equal() -> None:
 
 
 def test_config_takes_the_limits_themselves() -> None:
-    HybridConfig(warmup_steps=0, confidence_threshold=1.0, memory_budget=0.0)
-    LinUCB(discount=1.0, exploration=0.0)
-    DivergenceConfig(window_steps=4, cooldown_steps=0, oscillation_threshold=0.0)
-    ResidualConfig(rank=0, capacity=1)
+    for kind, limits in (
+        (
+            HybridConfig,
+            {"warmup_steps": 0, "confidence_threshold": 1.0, "memory_budget": 0.0},
+        ),
+        (LinUCB, {"discount": 1.0, "exploration": 0.0}),
+        (
+            DivergenceConfig,
+            {"window_steps": 4, "cooldown_steps": 0, "oscillation_threshold": 0.0},
+        ),
+        (ResidualConfig, {"rank": 0, "capacity": 1}),
+    ):
+        made = kind(**limits)
+        assert {name: getattr(made, name) for name in limits} == limits
 
 
 # -- files -----------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class WeightSpace:
         return not self.moved and (self.anchored or self._lag.dozes)
 
     def doze(self, *, windows: bool, due: bool = False) -> None:
-        """In the place of both, while nobody needs s: only the EMA goes on, at times.
+        """In place of ``before_base`` and ``after_base``: the EMA alone, at times.
 
         Args:
             windows: Whether the drift window goes on with it.

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,17 @@ def test_a_share_outside_of_the_way_is_refused(share):
     opt = _build(regression())
     with pytest.raises(ConfigError, match="share="):
         opt.evaluation_weights(share)
+
+
+def test_a_share_may_be_a_number_of_numpy():
+    problem = regression()
+    opt = _build(problem)
+    train(problem, opt, 20)
+    found = []
+    for share in (0.5, np.float32(0.5)):
+        with opt.evaluation_weights(share):
+            found.append(problem.weights())
+    assert_same_bits(*found)
 
 
 def test_evaluation_weights_come_back_after_an_exception():
