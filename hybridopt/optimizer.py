@@ -221,8 +221,8 @@ class HybridPredictOptimizer(Optimizer):
         """
         if not isinstance(share, (int, float, np.number)) or not 0.0 <= share <= 1.0:
             raise ConfigError(
-                f"share={share!r}: must be in [0, 1]. Use 1 for the EMA, 0.5 for the "
-                "weights half-way to it."
+                f"share={share!r}: must be a number in [0, 1]. Use 1 for the EMA, 0.5 "
+                "for the weights half-way to it."
             )
         return self._run.space.averaged(share)
 
