@@ -115,6 +115,7 @@ def _extent(run: Run) -> Extent:
         return Extent.WHOLE
     if run.controller.coasting:
         run.controller.averaged = averages_gradients(run.base)
+        run.controller.late = run.device.type in run.skips_on
     return run.controller.extent
 
 

@@ -47,7 +47,7 @@ IDLE_STEPS = 15
 WAKING_STEPS = 2
 """Last steps of a sleep at which weight space works again: when the sleep ends, a plan
 needs the base's newest displacement and the slopes of the one before."""
-PROBING_STEPS = 8
+PROBING_STEPS = 4
 """Whole steps between one sleep and the next."""
 GLANCES = 2
 """Coasting, one real step in so many is measured along the drift. Halves the host's
@@ -62,8 +62,8 @@ DEEP_GLANCES = 8
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
 LONGEST_COASTING_STEPS = 256
-TURNING_STEPS = 2
-"""Coasting, real steps before a drift window is full in which plans are made."""
+TURNING_STEPS = 1
+"""Coasting, real steps before a drift window is full at which plans are made."""
 
 
 class Controller:
@@ -83,8 +83,9 @@ class Controller:
         """Whether the sleep is a light one, in which drift windows go on."""
         self.hold = 0.0
         """Exponent of the share of a decaying rate to hold, by the newest forecast."""
-        self.averaged = False
-        """Whether the base averages its gradients; told before each real step."""
+        self.averaged = self.late = False
+        """Whether the base averages its gradients, and whether plans may come a real
+        step late; told before each real step while coasting."""
         self._turns_in = 0
         self._sleep_length = FIRST_SLEEP_STEPS
         self._idle_steps = 0
@@ -147,8 +148,7 @@ class Controller:
 
     @property
     def _turning(self) -> bool:
-        # Plans may be made one real step late.
-        return self._turns_in <= TURNING_STEPS
+        return self._turns_in <= TURNING_STEPS + self.late
 
     def lr_ratio(self, rate: float) -> float:
         """This real step's learning rate over the previous one's; 1 at first."""

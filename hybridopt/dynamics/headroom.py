@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from hybridopt.history import RunningMoments
+from hybridopt.types import STEP, Observation
 
-__all__ = ["Headroom"]
+__all__ = ["Headroom", "Room"]
 
 
 class Headroom:
@@ -69,6 +71,56 @@ class Headroom:
         """Restore what ``state_dict`` returned."""
         self._pooled.load_state_dict(state["pooled"])
         self.credit = float(state["credit"])
+
+
+class Room:
+    """Whether the base's steps stop short of overshooting, in [0, 1].
+
+    With c = -<g, s> / (||g|| ||s||) over all weights together, g the gradient behind a
+    base step s, m its running mean over real steps that were measured whole, and
+    t = m / (standard error + 0.001):
+
+        room = clip(1 + t / 3, 0, 1).
+
+    At a tuned rate each step overshoots along its own noise, and c is small but
+    reliably negative: t of -3 to -10 over a fifth of a run of the text models, the
+    convnet and the diamonds. At a rate that is too low it is not (research notes, "Room
+    to grow").
+
+    Source: the hypergradient of the learning rate (Baydin et al. 2018, arXiv
+    1703.04782), as a test and not as a step.
+    """
+
+    MEMORY = 0.95
+    FLOOR = 0.001
+    OVERSHOT = 3.0
+    """Standard errors below zero at which there is no room."""
+
+    def __init__(self) -> None:
+        self._cosine = RunningMoments(self.MEMORY)
+
+    def add(self, observation: Observation) -> None:
+        """Take in one real step whose displacement was measured."""
+        squares = observation.basis_sq.numpy()[:, STEP].sum()
+        norms = math.sqrt(float(observation.gradient_sq.numpy().sum() * squares))
+        if norms > 0.0:
+            self._cosine.add(-float(observation.dots.numpy()[:, STEP].sum()) / norms)
+
+    @property
+    def value(self) -> float:
+        """The room; 0 before the second observation."""
+        if self._cosine.count < 2:
+            return 0.0
+        t = self._cosine.mean / (self._cosine.standard_error + self.FLOOR)
+        return _ramp(t, -self.OVERSHOT, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments."""
+        return self._cosine.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._cosine.load_state_dict(state)
 
 
 def _ramp(value: float, low: float, high: float) -> float:

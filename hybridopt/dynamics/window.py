@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.gains import Numbers
+from hybridopt.dynamics.headroom import Room
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.types import DRIFT, Observation
 
@@ -47,6 +48,8 @@ EVIDENCE_TAKEN = 0.6
 """
 LARGEST_EVIDENCE = 3.0
 """Of one window."""
+MOST_SURPLUS = 3.0
+"""Evidence beyond ``FULL_EVIDENCE`` that speeds growth up, at most."""
 
 
 class WindowGains:
@@ -56,7 +59,10 @@ class WindowGains:
     products with the real gradients g measure whether it went far enough:
 
         cos = -sum <g, d> / sqrt(sum ||g||^2 ||d||^2)
-        a <- clip(a exp(eta tanh(5 cos)), minimum, maximum).
+        a <- clip(a exp(eta (1 + r x) tanh(5 cos)), minimum, maximum)
+
+    with x = clip(e - 2, 0, 3) for e the evidence below, and r in [0, 1] the ``Room``:
+    at a tuned rate gains that grow faster end runs higher, at one too low lower.
 
     Where the mean of cos over tensors is negative beyond ``DOUBT``, every gain falls to
     at most 0.4 a; behind the first window, which moves nothing, beyond ``FIRST_DOUBT``.
@@ -99,6 +105,8 @@ class WindowGains:
         self._late = False  # an observation from before the turn came behind it
         self._measured = False
         self._evidence = 0.0
+        self.room = Room()
+        """Evidence of all tensors together that the base's steps do not overshoot."""
 
     def _forget_sums(self) -> None:
         self._dots: Numbers = np.zeros(self._size)
@@ -159,6 +167,8 @@ class WindowGains:
         """Take in one real step; after a turn it opens the next window."""
         if not self.enabled:
             return
+        if not observation.partial:
+            self.room.add(observation)
         if self.turned and observation.before_turn:
             self._late = True  # it belongs to the window that has ended
             return
@@ -195,7 +205,9 @@ class WindowGains:
         )
         factor, doubt = torch.ones_like(cosine), FIRST_DOUBT
         if self._made:
-            factor = torch.exp(self._config.rate * torch.tanh(SHARPNESS * cosine))
+            surplus = min(max(self._evidence - FULL_EVIDENCE, 0.0), MOST_SURPLUS)
+            rate = self._config.rate * (1.0 + self.room.value * surplus)
+            factor = torch.exp(rate * torch.tanh(SHARPNESS * cosine))
             doubt = DOUBT
         if evidence < doubt:
             factor = factor.clamp_max(RETREAT)
@@ -239,6 +251,7 @@ class WindowGains:
             "measured": self._measured,
             "unmeasured": self._unmeasured,
             "evidence": self._evidence,
+            "room": self.room.state_dict(),
             "dots": torch.from_numpy(self._dots.copy()),
             "gradients": torch.from_numpy(self._gradients.copy()),
             "direction": torch.from_numpy(self._direction.copy()),
@@ -257,6 +270,8 @@ class WindowGains:
         self._measured = bool(state.get("measured", False))
         self._unmeasured = int(state.get("unmeasured", 0))
         self._evidence = float(state.get("evidence", 0.0))
+        if "room" in state:
+            self.room.load_state_dict(state["room"])
 
 
 def _significance(cosine: Tensor) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hybridopt.config import GainConfig, HybridConfig
 from hybridopt.dynamics.gains import AlignmentGains
-from hybridopt.dynamics.headroom import Headroom
+from hybridopt.dynamics.headroom import Headroom, Room
+from tests.dynamics.stream import noisy, observation
 
 
 def _after(values: list[float], size: int = 20, noise: float = 0.05) -> Headroom:
@@ -101,3 +102,28 @@ def test_headroom_state_continues_bit_for_bit():
             headroom.remember()
         assert one.value == other.value
         assert one.credit == other.credit
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(0.05, 1.0), (0.0, 1.0), (-0.05, 0.0)])
+def test_room_is_taken_by_reliable_overshoot_only(mean, expected):
+    room = Room()
+    assert room.value == 0.0
+    for i in range(60):
+        sign = 1.0 if i % 2 else -1.0
+        alignment = torch.full((4, 2), mean + 0.02 * sign, dtype=torch.float64)
+        room.add(observation(i, alignment))
+        if i == 0:
+            assert room.value == 0.0  # one has no error to be judged by
+    assert room.value == pytest.approx(expected, abs=0.25)
+
+
+def test_room_takes_no_notice_of_what_has_no_length_or_is_no_number():
+    room = Room()
+    steps = noisy(6, 4, seed=5)
+    for one in steps:
+        room.add(one)
+    before = room.value
+    still = torch.zeros(4, 2, dtype=torch.float64)
+    room.add(observation(7, still, basis_sq=still))
+    room.add(observation(8, torch.full((4, 2), math.nan, dtype=torch.float64)))
+    assert room.value == before > 0.0

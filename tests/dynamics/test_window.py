@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridopt.config import DriftConfig, GainConfig, Prior
-from hybridopt.types import DRIFT, Outcome
+from hybridopt.types import DRIFT, STEP, Outcome
 from tests.dynamics.stream import SIZES, noisy, observation, predictor, slopes
 
 L = len(SIZES)
@@ -27,7 +27,8 @@ def test_window_gains_follow_their_literal_twin():
     rule = [0.5] * L
     first, measured, evidence = True, False, 0.0
     window: list = []
-    retreated, trusts, highest = set(), set(), [0.0]
+    seen: list = []
+    retreated, trusts, highest, rates = set(), set(), [0.0], set()
     sign = torch.tensor([1.0, 1, 1, -1, 0]).double().unsqueeze(1)
     for i, plain in enumerate(noisy(30, L, seed=5)):
         # Half-way the drift turns against the gradients.
@@ -35,6 +36,7 @@ def test_window_gains_follow_their_literal_twin():
         one = observation(i, plain.alignment * sign + tilt)
         made.observe(one)
         window.append(one)
+        seen.append(_cosine_of_all(one))
         said = made.forecast(slopes(L))
         if len(window) < K:
             assert not said.turns_window
@@ -51,8 +53,10 @@ def test_window_gains_follow_their_literal_twin():
             evidence = 0.8 * evidence + 0.6 * min(max(z, -3.0), 3.0)
         retreats = measured and z < -0.8
         retreated.add(retreats)
+        rate = 0.3 * (1.0 + _room(seen) * min(max(evidence - 2.0, 0.0), 3.0))
+        rates.add(rate)
         for index, cosine in enumerate(cosines if measured else ()):
-            factor = math.exp(0.3 * math.tanh(5 * cosine))
+            factor = math.exp(rate * math.tanh(5 * cosine))
             factor = min(factor, 0.4) if retreats else factor
             rule[index] = min(max(rule[index] * factor, 0.2), 1.2)
         highest.append(max(rule))
@@ -71,6 +75,54 @@ def test_window_gains_follow_their_literal_twin():
     assert min(rule) < 0.5 < max(highest)
     assert retreated == {True, False}
     assert {0.0, 1.0} < trusts
+    assert min(rates) == 0.3
+    assert max(rates) > 0.35
+
+
+def _cosine_of_all(one):
+    """Of the gradient with the last base step, all tensors taken as one vector."""
+    squares = float(one.gradient_sq.sum()) * float(one.basis_sq[:, STEP].sum())
+    return -float(one.dots[:, STEP].sum()) / math.sqrt(squares)
+
+
+def _room(cosines):
+    """The literal twin of ``Room``."""
+    weights = [0.95 ** (len(cosines) - 1 - i) for i in range(len(cosines))]
+    mean = sum(w * c for w, c in zip(weights, cosines, strict=True)) / sum(weights)
+    squares = [w * (c - mean) ** 2 for w, c in zip(weights, cosines, strict=True)]
+    error = math.sqrt(sum(squares) / sum(weights)) * math.sqrt(0.05 / 1.95)
+    return min(max(1.0 + mean / (error + 0.001) / 3.0, 0.0), 1.0)
+
+
+def test_gains_grow_faster_only_where_steps_do_not_overshoot():
+    typical = {}
+    for room, tilt in (("none", -0.05), ("some", 0.05)):
+        made = drifting(rate=0.1)
+        for i, plain in enumerate(noisy(10 * K, L, seed=5)):
+            # Both drift alike; only the step directions differ.
+            alignment = plain.alignment.clone()
+            alignment[:, STEP] = alignment[:, STEP] - 0.05 + tilt
+            alignment[:, DRIFT] = 0.01 * alignment[:, DRIFT] + 0.1
+            made.observe(observation(i, alignment))
+            made.forecast(slopes(L))
+        assert made.window.trust == 1.0
+        typical[room] = made.window.gains.log().mean().exp()
+    assert made.window.room.value == 1.0
+    assert typical["some"] > 1.5 * typical["none"]
+
+
+def test_room_survives_a_checkpoint_and_needs_no_entry_in_an_older_one():
+    made = drifting()
+    for one in noisy(3 * K, L, seed=5):
+        made.observe(one)
+    state = made.state_dict()
+    other = drifting()
+    other.load_state_dict(state)
+    assert other.window.room.value == made.window.room.value > 0.0
+    del state["window"]["room"]
+    older = drifting()
+    older.load_state_dict(state)
+    assert older.window.room.value == 0.0
 
 
 @pytest.mark.parametrize(

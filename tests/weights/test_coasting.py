@@ -54,7 +54,8 @@ def test_drift_that_pays_makes_it_coast_and_windows_go_on():
         train(problem, opt, 1, start=step)
     assert opt.run.predictor.window.windows == windows + 4
     assert seen.count(Extent.DRIFT) + seen.count(Extent.GLANCE) > 2 * K
-    assert Extent.TURN in seen
+    # One a window: plans are made at the very step, not one step late as on a GPU.
+    assert 1 <= seen.count(Extent.TURN) <= 4
     assert Extent.WHOLE in seen  # behind the moves
 
 
