@@ -80,7 +80,8 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     window_steps: Annotated[int, Meta(ge=2)] = 40
     """K, real steps between two drift moves."""
     rate: NonNegative = 0.4
-    """eta of the drift gains, per window."""
+    """eta of the drift gains, per window; up to four times as much where evidence is
+    more than enough and the base's steps do not overshoot."""
     initial: NonNegative = 0.25
     """Drift gain at the first move, in windows of drift."""
     minimum: NonNegative = 0.02
