@@ -99,6 +99,11 @@ def joined(groups: Sequence[Sequence[CaseResult]]) -> list[CaseResult]:
             continue
         if (first.mode, first.headline) != (result.mode, result.headline):
             raise ValueError(f"{result.case}: the files judge it differently.")
+        if len({r.paced for r in (*first.runs, *result.runs)}) > 1:
+            raise ValueError(
+                f"{result.case}: one file counts its time in bare steps, another in "
+                "seconds: they do not compare. Report them apart."
+            )
         made = {(r.arm, r.fraction, r.seed) for r in first.runs}
         extra = [r for r in result.runs if (r.arm, r.fraction, r.seed) not in made]
         first.runs = sorted([*first.runs, *extra], key=_place)

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.calibration import LEVELS, merged
 from benchmarks.runner import Run
 from benchmarks.suite import CaseResult
+from benchmarks.summary import COST, PROCESS, WALL
 
 __all__ = ["draw", "draw_calibration", "draw_class"]
 
@@ -58,12 +59,13 @@ def draw_class(results: Sequence[CaseResult], path: Path) -> None:
     )
     styles = _styles(results)
     for result, row in zip(results, grid, strict=True):
-        clock = "process_s" if result.clock == "process" else "wall_s"
+        time = PROCESS if result.clock == "process" else WALL
+        unit = "bare steps" if all(r.paced for r in result.runs) else "s"
         units = (
             "cost, real steps (forward 1/3, backward 2/3)",
-            f"{clock[:-2]} time, s",
+            f"{result.clock} time, {unit}",
         )
-        for axes, amount, unit in zip(row, ("cost", clock), units, strict=True):
+        for axes, amount, unit in zip(row, (COST, time), units, strict=True):
             _draw(axes, result, amount, styles)
             axes.set(xscale="log", xlabel=unit, ylabel="loss", title=result.case)
             _plain_ticks(axes.xaxis)
@@ -129,7 +131,7 @@ def _styles(results: Sequence[CaseResult]) -> dict[str, dict[str, Any]]:
     return special
 
 
-def _draw(axes: Any, result: CaseResult, amount: str, styles: dict[str, Any]) -> None:
+def _draw(axes: Any, result: CaseResult, amount: int, styles: dict[str, Any]) -> None:
     for arm, style in styles.items():
         # Ablations are told apart by the table; twenty more lines tell nothing.
         runs = [r for r in result.runs if r.arm == arm]
@@ -143,17 +145,17 @@ def _draw(axes: Any, result: CaseResult, amount: str, styles: dict[str, Any]) ->
         axes.plot(*line, label=arm, marker=marker, markersize=4, **style)
 
 
-def _course(run: Run, amount: str) -> tuple[list[float], list[float]]:
+def _course(run: Run, amount: int) -> tuple[list[float], list[float]]:
     points = [p for p in run.points if p.step > 0]
-    return [getattr(p, amount) for p in points], [p.loss for p in points]
+    return [run.amounts(p)[amount] for p in points], [p.loss for p in points]
 
 
-def _ends(runs: Sequence[Run], amount: str) -> tuple[list[float], list[float]]:
+def _ends(runs: Sequence[Run], amount: int) -> tuple[list[float], list[float]]:
     xs, ys = [], []
     for fraction in sorted({r.fraction for r in runs}):
         chosen = [r for r in runs if r.fraction == fraction and not r.failure]
         if chosen:
-            xs.append(sum(getattr(r, amount) for r in chosen) / len(chosen))
+            xs.append(sum(r.amounts(r)[amount] for r in chosen) / len(chosen))
             ys.append(sum(r.final_loss for r in chosen) / len(chosen))
     return xs, ys
 

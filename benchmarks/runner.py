@@ -14,6 +14,7 @@ from benchmarks.arms import Arm, Setup, Stepper
 from benchmarks.batchnorm import recalibrated
 from benchmarks.counting import Meter, live_tensor_bytes
 from benchmarks.estimates import Outcome, first_reach
+from benchmarks.pacing import Pacer
 
 __all__ = ["Limits", "Point", "Run", "Task", "evaluation_steps", "run"]
 
@@ -73,6 +74,10 @@ class Run:
     cost: float = 0.0
     wall_s: float = 0.0
     process_s: float = 0.0
+    pace_wall_s: float = math.nan
+    """Wall seconds of a step of the bare base meanwhile; nan where none was made."""
+    pace_process_s: float = math.nan
+    """The same in process seconds."""
     peak_bytes: int = 0
     """CUDA: peak allocation of the run; CPU: tensors alive at its end beyond those
     before it."""
@@ -87,8 +92,8 @@ class Run:
     done: int = 0
     """Scheduled steps made."""
     reached: list[float] | None = None
-    """Target mode: cost, wall and process seconds at which the loss first was as low as
-    the base's best; None if it never was."""
+    """Target mode: cost, wall and process time, as in ``amounts``, at which the loss
+    first was as low as the base's best; None if it never was."""
     failure: str = ""
     """Exception that ended the run, if one did."""
     points: list[Point] = field(default_factory=list)
@@ -96,20 +101,34 @@ class Run:
     calibration: dict[str, Any] = field(default_factory=dict)
     """How the forecasts of a hybrid arm came out, see ``benchmarks.calibration``."""
 
+    @property
+    def paced(self) -> bool:
+        """Whether its time is counted in steps that the bare base made meanwhile."""
+        return self.pace_process_s > 0.0
+
+    def amounts(self, point: Point | Run) -> tuple[float, float, float]:
+        """Cost, wall time and process time of a point, or of the whole run.
+
+        Times are in bare steps where the run was paced, else in seconds.
+        """
+        wall, process = point.wall_s, point.process_s
+        if self.paced:
+            wall, process = wall / self.pace_wall_s, process / self.pace_process_s
+        return point.cost, wall, process
+
     def note_target(self, loss: float) -> None:
         """Set ``reached`` from the points: each amount log-linear between two."""
-        paths = (
-            [
-                Outcome(p.loss, amount)
-                for p, amount in zip(self.points, row, strict=True)
-            ]
-            for row in (
-                [p.cost for p in self.points],
-                [p.wall_s for p in self.points],
-                [p.process_s for p in self.points],
+        spent = [self.amounts(p) for p in self.points]
+        found = [
+            first_reach(
+                [
+                    Outcome(p.loss, s[i])
+                    for p, s in zip(self.points, spent, strict=True)
+                ],
+                loss,
             )
-        )
-        found = [first_reach(path, loss) for path in paths]
+            for i in range(3)
+        ]
         known = [amount for amount in found if amount is not None]
         self.reached = known if len(known) == len(found) else None
 
@@ -130,11 +149,18 @@ def evaluation_steps(steps: int, limits: Limits) -> list[int]:
     return sorted({round(steps * (i + 1) / count) for i in range(count)})
 
 
-def run(task: Task, arm: Arm, setup: Setup, account: Run, limits: Limits) -> Run:
+def run(
+    task: Task,
+    arm: Arm,
+    setup: Setup,
+    account: Run,
+    limits: Limits,
+    pacer: Pacer | None = None,
+) -> Run:
     """Train with one arm and fill in its account.
 
-    Evaluations are outside both clocks. An exception of the arm ends its run and is
-    recorded; what was spent until then is kept.
+    Evaluations and the pacer's steps are outside both clocks. An exception of the arm
+    ends its run and is recorded; what was spent until then is kept.
     """
     device = next(task.model.parameters()).device
     held_before = live_tensor_bytes()
@@ -146,12 +172,15 @@ def run(task: Task, arm: Arm, setup: Setup, account: Run, limits: Limits) -> Run
     stepper: Stepper | None = None
     try:
         stepper = arm.build(task.model, meter, setup)
-        for point in _train(task, stepper, setup, limits, device):
+        for point in _train(task, stepper, setup, limits, device, pacer):
             account.points.append(point)
     except Exception as failure:
         account.failure = f"{type(failure).__name__}: {failure}"
     account.forwards, account.backwards = meter.forwards, meter.backwards
     account.validations, account.cost = meter.validations, meter.cost
+    if pacer is not None and not account.failure:
+        account.pace_wall_s = pacer.step_wall_s
+        account.pace_process_s = pacer.step_process_s
     account.wall_s, account.process_s = meter.wall_s, meter.process_s
     if device.type == "cuda":
         account.peak_bytes = torch.cuda.max_memory_allocated(device)
@@ -173,22 +202,37 @@ def run(task: Task, arm: Arm, setup: Setup, account: Run, limits: Limits) -> Run
 
 
 def _train(
-    task: Task, stepper: Stepper, setup: Setup, limits: Limits, device: torch.device
+    task: Task,
+    stepper: Stepper,
+    setup: Setup,
+    limits: Limits,
+    device: torch.device,
+    pacer: Pacer | None,
 ) -> Iterator[Point]:
     meter = stepper.meter
     begin_step = getattr(task, "begin_step", None)
     done = 0
     yield Point(0, 0.0, 0.0, 0.0, _loss(task, stepper))
+    if pacer is not None:
+        pacer.begin()
     for stop in evaluation_steps(setup.steps, limits):
-        with meter.timed(device):
-            while done < stop and meter.cost < limits.max_cost:
-                if begin_step is not None:
-                    begin_step(done, setup.steps)
-                stepper.step()
-                done += 1
+        while done < stop and meter.cost < limits.max_cost:
+            with meter.timed(device):
+                while done < stop and meter.cost < limits.max_cost:
+                    if begin_step is not None:
+                        begin_step(done, setup.steps)
+                    stepper.step()
+                    done += 1
+                    if pacer is not None and pacer.due:
+                        break
+            if pacer is not None and pacer.due:
+                pacer.block()
         loss = _loss(task, stepper)
+        over = loss <= limits.target_loss or meter.cost >= limits.max_cost
+        if pacer is not None and (over or done == setup.steps):
+            pacer.block()
         yield Point(done, meter.cost, meter.wall_s, meter.process_s, loss)
-        if loss <= limits.target_loss or meter.cost >= limits.max_cost:
+        if over:
             return
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.arms import ARMS, Arm
+from benchmarks.arms import ARMS, Arm, Setup
 from benchmarks.cases import BUDGETS, Case
-from benchmarks.runner import Limits, Run, run
+from benchmarks.pacing import Pacer
+from benchmarks.runner import Limits, Run, Task, run
 from benchmarks.tasks.base import Setting
 
 __all__ = ["CaseResult", "Clock", "Options", "Planned", "planned", "runs_of"]
@@ -20,6 +22,8 @@ Clock = Literal["wall", "process"]
 TARGET_GROWTH = 0.03
 TARGET_PATIENCE = 2.0
 """In target mode arms get this many times the base's steps to reach its loss."""
+WARM_UP_SHARE = 0.25
+"""Steps of hybridopt's warm-up on a GPU, in N."""
 TUNED = Arm("base:tuned", ARMS["base"].build, changes=("tuned rate",))
 
 
@@ -117,9 +121,9 @@ def runs_of(case: Case, options: Options, seed: int) -> Iterator[Run]:
     Raises:
         TaskUnavailableError: Data or a package is missing.
     """
-    # So that the first timed run does not pay for lazy initialization and caches.
-    warm_up = replace(planned(case, options)[0], steps=3)
-    _one(case, options, seed, warm_up, Limits(evaluations=1))
+    for item in _warm_ups(case, options):
+        _one(case, options, seed, item, Limits(evaluations=1))
+    pacer = _pacer(case, options, seed)
     best = -math.inf
     for item in planned(case, options):
         # Judged by where it ends.
@@ -128,7 +132,7 @@ def runs_of(case: Case, options: Options, seed: int) -> Iterator[Run]:
             limits = Limits(growth=TARGET_GROWTH)
             if item.arm.name != "base":
                 limits = replace(limits, max_cost=item.steps, target_loss=best)
-        finished = _one(case, options, seed, item, limits)
+        finished = _one(case, options, seed, item, limits, pacer)
         if case.mode == "target":
             if item.arm.name == "base":
                 best = min((p.loss for p in finished.points), default=best)
@@ -136,10 +140,53 @@ def runs_of(case: Case, options: Options, seed: int) -> Iterator[Run]:
         yield finished
 
 
-def _one(case: Case, options: Options, seed: int, item: Planned, limits: Limits) -> Run:
+def _warm_ups(case: Case, options: Options) -> Iterator[Planned]:
+    """Runs that are not kept, so that the first timed one does not pay for what comes
+    once per process or machine: lazy initialization, caches, and on a GPU the kernels
+    that hybridopt compiles at first use and keeps on disk.
+    """
+    plan = planned(case, options)
+    yield replace(plan[0], steps=3)
+    if options.device == "cpu":
+        return
+    hybrids = [item for item in plan if item.arm.name.startswith("hybrid")]
+    # Long enough for every kind of move.
+    for item in hybrids[:1]:
+        scale: Any = options.scale
+        steps = WARM_UP_SHARE * options.step_scale * case.steps[scale]
+        yield replace(item, steps=max(4, round(steps)))
+
+
+def _pacer(case: Case, options: Options, seed: int) -> Pacer | None:
+    """Bare steps between those of the runs; None on a GPU, which one process has to
+    itself and which is equally fast all along.
+    """
+    if options.device != "cpu":
+        return None
+    bases = [item for item in planned(case, options) if item.arm is ARMS["base"]]
+    # The case's own length, or the closest to it.
+    item = min(bases, key=lambda item: abs(math.log(item.fraction)))
+    return Pacer(partial(_setting, case, options, seed, item))
+
+
+def _setting(
+    case: Case, options: Options, seed: int, item: Planned
+) -> tuple[Task, Setup]:
+    """The task from its beginning, and what the run is asked to do."""
     scale: Any = options.scale
     setup = case.setup(scale, item.fraction, tuned=item.tuned)
-    setup = replace(setup, steps=item.steps)
     task = case.make(Setting(seed, scale, options.device, options.data))
+    return task, replace(setup, steps=item.steps)
+
+
+def _one(
+    case: Case,
+    options: Options,
+    seed: int,
+    item: Planned,
+    limits: Limits,
+    pacer: Pacer | None = None,
+) -> Run:
+    task, setup = _setting(case, options, seed, item)
     account = Run(case.name, item.arm.name, seed, item.fraction, item.steps, setup.lr)
-    return run(task, item.arm, setup, account, limits)
+    return run(task, item.arm, setup, account, limits, pacer)

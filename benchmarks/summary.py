@@ -30,13 +30,8 @@ __all__ = [
     "same_steps",
 ]
 
-AMOUNTS: tuple[Callable[[Run], float], ...] = (
-    lambda r: r.cost,
-    lambda r: r.wall_s,
-    lambda r: r.process_s,
-)
-"""Cost, wall seconds, process seconds of a run, in this order everywhere."""
 COST, WALL, PROCESS = range(3)
+"""Order of what a run took, as in ``Run.amounts``."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +154,12 @@ def _curve(
     seeds = {r.seed for r in runs}
     for row in rows:
         seeds &= {r.seed for r in row}
-    take = AMOUNTS[amount]
 
     def outcomes(row: list[Run]) -> list[Outcome]:
         return [
-            Outcome(_worst_if_nan(value(r)), take(r)) for r in row if r.seed in seeds
+            Outcome(_worst_if_nan(value(r)), r.amounts(r)[amount])
+            for r in row
+            if r.seed in seeds
         ]
 
     return [outcomes(row) for row in rows], outcomes(runs)
@@ -176,7 +172,7 @@ def _seed(result: CaseResult) -> int:
 
 def _speedup(result: CaseResult, runs: list[Run], amount: int) -> Estimate | None:
     """Speedup of runs over the bare base; None where an arm failed or spent nothing."""
-    if not runs or any(r.failure or AMOUNTS[amount](r) <= 0.0 for r in runs):
+    if not runs or any(r.failure or r.amounts(r)[amount] <= 0.0 for r in runs):
         return None
     if result.mode == "target":
         return _target(result, runs, amount)
@@ -206,7 +202,7 @@ def _target(result: CaseResult, runs: list[Run], amount: int) -> Estimate | None
     return target_speedup(
         [b.reached[amount] for b, _ in pairs if b.reached],
         [None if r.reached is None else r.reached[amount] for _, r in pairs],
-        [AMOUNTS[amount](r) for _, r in pairs],
+        [r.amounts(r)[amount] for _, r in pairs],
         seed=_seed(result),
     )
 

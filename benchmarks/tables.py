@@ -85,6 +85,8 @@ def document(meta: dict[str, Any], results: Sequence[CaseResult]) -> str:
 def _clock(results: Sequence[CaseResult]) -> str:
     clocks = {r.clock for r in results}
     names = {"process": "process (CPU) time", "wall": "wall time, GPU work waited for"}
+    paced = {r.clock for r in results if any(run.paced for run in r.runs)}
+    names |= {c: f"{names[c]} in steps of the bare base in between" for c in paced}
     return " or ".join(names[c] for c in sorted(clocks)) or "-"
 
 
