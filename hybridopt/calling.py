@@ -15,7 +15,7 @@ from hybridopt.closure import (
     evaluate,
     insists_on_call,
 )
-from hybridopt.hooks import without_global_hooks
+from hybridopt.hooks import plain_step, without_global_hooks
 from hybridopt.run import Run
 
 __all__ = ["bare_step", "base_step", "call_framework", "run_closure"]
@@ -51,7 +51,7 @@ def base_step(
     """The base's step; bases that insist on a closure get one that replays."""
     base = run.base
     if not run.replays or closure is None:
-        return base.step
+        return plain_step(base)
     first = [True]
 
     def replay() -> Any:

@@ -17,6 +17,9 @@ from hybridopt.run import Run
 from hybridopt.types import BASIS_SIZE, Observation
 from hybridopt.weights.local import local
 
+_DOT_LIMIT = 1 << 30
+"""BLAS counts in 32 bits."""
+
 __all__ = ["Glance", "glance", "pass_by"]
 
 
@@ -27,6 +30,8 @@ class Glance:
     loss: float
     """nan when the user stepped without a closure."""
     gradient_norm: float
+    rate: float
+    """The step's largest learning rate."""
 
 
 def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
@@ -39,20 +44,20 @@ def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
         return None
     if isinstance(loss, Tensor) and loss.device.type != "cpu":
         return None
-    gradients = [
-        g if type(g) is Tensor else local(g)
-        for p in run.space.parameters()
-        if (g := p.grad) is not None
-    ]
-    if not all(g.is_cpu and g.layout is torch.strided for g in gradients):
-        return None
-    norm = _norm(gradients)
+    gradients = []
+    for parameter in run.space.parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if type(gradient) is not Tensor:
+            gradient = local(gradient)
+        if not gradient.is_cpu or gradient.layout is not torch.strided:
+            return None
+        gradients.append(gradient)
     value = math.nan if loss is None else float(loss)
-    if not math.isfinite(norm) or not math.isfinite(run.top_rate()):
-        return None
-    if loss is not None and not math.isfinite(value):
-        return None
-    return Glance(value, norm)
+    seen = Glance(value, _norm(gradients), run.top_rate())
+    finite = math.isfinite(seen.gradient_norm) and math.isfinite(seen.rate)
+    return seen if finite and (loss is None or math.isfinite(value)) else None
 
 
 def pass_by(run: Run, seen: Glance) -> None:
@@ -61,7 +66,7 @@ def pass_by(run: Run, seen: Glance) -> None:
     Coasting, the drift window has to know of it.
     """
     run.counters.real_steps += 1
-    rate = run.top_rate()
+    rate = seen.rate
     if run.controller.coasting:
         nothing = _nothing(len(run.space.parameters()))
         run.predictor.observe(
@@ -86,15 +91,30 @@ def pass_by(run: Run, seen: Glance) -> None:
         run.last_loss = seen.loss
 
 
+FEW = 32
+"""Tensors up to which one product each costs less than the foreach way."""
+
+
 def _norm(gradients: list[Tensor]) -> float:
     """Norm of all of them. ``torch.nn.utils.get_total_norm`` sorts them by device and
     kind first, which takes as long as the norm itself where tensors are small.
     """
-    if not gradients:
-        return 0.0
-    with torch.no_grad():
-        norms = torch.stack(torch._foreach_norm(gradients))
-        return float(torch.linalg.vector_norm(norms))
+    if len(gradients) > FEW or not all([_is_plain(g) for g in gradients]):
+        with torch.no_grad():
+            norms = torch.stack(torch._foreach_norm(gradients))
+            return float(torch.linalg.vector_norm(norms))
+    # Nothing else in a step takes so little to get at the numbers.
+    vectors = [g.view(-1) for g in gradients]
+    square = sum([torch.dot(v, v).item() for v in vectors])
+    return math.sqrt(square) if square >= 0.0 else math.nan
+
+
+def _is_plain(gradient: Tensor) -> bool:
+    return (
+        gradient.dtype is torch.float32
+        and gradient.is_contiguous()
+        and gradient.numel() < _DOT_LIMIT
+    )
 
 
 @lru_cache(maxsize=4)

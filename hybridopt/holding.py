@@ -53,35 +53,15 @@ class RateHold:
         self.factor = max(factors, default=1.0)
         return factors
 
-    @contextlib.contextmanager
-    def held(self, groups: Sequence[dict[str, Any]], exponent: float) -> Iterator[None]:
+    def held(
+        self, groups: Sequence[dict[str, Any]], exponent: float
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the groups' rates are the held ones; behind it, the user's.
 
         A rate that the base itself changed inside stays as the base left it.
         """
-        changed: list[tuple[dict[str, Any], Any, Any]] = []
-        for group, factor in zip(groups, self.factors(groups, exponent), strict=True):
-            if factor == 1.0:
-                continue
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                # In place: compiled and captured steps know the tensor, not its value.
-                own = rate.clone()
-                rate.mul_(factor)
-                changed.append((group, own, rate.clone()))
-            else:
-                group["lr"] = rate * factor
-                changed.append((group, rate, group["lr"]))
-        try:
-            yield
-        finally:
-            for group, own, longer in changed:
-                if bool(group["lr"] != longer):
-                    continue
-                if isinstance(own, Tensor):
-                    group["lr"].copy_(own)
-                else:
-                    group["lr"] = own
+        factors = self.factors(groups, exponent)
+        return _NOTHING if self.factor == 1.0 else _longer(groups, factors)
 
     def state_dict(self) -> dict[str, Any]:
         """The highest rates, and the last factor."""
@@ -91,3 +71,35 @@ class RateHold:
         """Restore what ``state_dict`` returned."""
         self.peaks = [float(peak) for peak in state["peaks"]]
         self.factor = float(state["factor"])
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _longer(
+    groups: Sequence[dict[str, Any]], factors: Sequence[float]
+) -> Iterator[None]:
+    changed: list[tuple[dict[str, Any], Any, Any]] = []
+    for group, factor in zip(groups, factors, strict=True):
+        if factor == 1.0:
+            continue
+        rate = group["lr"]
+        if isinstance(rate, Tensor):
+            # In place: compiled and captured steps know the tensor, not its value.
+            own = rate.clone()
+            rate.mul_(factor)
+            changed.append((group, own, rate.clone()))
+        else:
+            group["lr"] = rate * factor
+            changed.append((group, rate, group["lr"]))
+    try:
+        yield
+    finally:
+        for group, own, longer in changed:
+            if bool(group["lr"] != longer):
+                continue
+            if isinstance(own, Tensor):
+                group["lr"].copy_(own)
+            else:
+                group["lr"] = own

@@ -203,7 +203,7 @@ def _glanced_step(run: Run, seen: Glance, step_base: Callable[[], Any]) -> Done:
         Mover.NONE,
         seen.loss,
         gradient_norm=seen.gradient_norm,
-        learning_rate=run.top_rate(),
+        learning_rate=seen.rate,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridopt.control.controller import FORWARD_COST
 from hybridopt.run import Counters, Run
 
 __all__ = ["SPEEDUP_BASIS", "summarize"]
+
+FORWARD_COST = 1.0 / 3.0
+"""Cost of a forward pass in real steps (a backward is 2/3)."""
 
 SPEEDUP_BASIS = (
     "scheduled steps over cost in real steps (forward 1/3, backward 2/3), assuming "

@@ -32,14 +32,11 @@ from hybridopt.types import (
 
 __all__ = ["Controller"]
 
-FORWARD_COST = 1.0 / 3.0
-"""Cost of a forward pass in real steps (a backward is 2/3)."""
-
 SLOW_WORTH_RATE = 0.07
 """Share per real step by which the consumable worth follows the forecast's bound."""
 
 IDLE_PROGRESS = 0.03
-"""A move worth less than this many steps does not pay for its bookkeeping."""
+"""A move worth fewer steps does not pay: none is made, unless a drift window ends."""
 IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 15
@@ -57,7 +54,7 @@ AVERAGED_GLANCES = 4
 SETTLING_SHARE = 0.4
 """Share of a window in which that average still holds gradients that made the window's
 direction; their noise is in both, and would speak for it."""
-DEEP_GLANCES = 8
+DEEP_GLANCES = 16
 """Asleep, one real step in so many is judged, so that the monitor keeps up."""
 FIRST_SLEEP_STEPS = 64
 LONGEST_SLEEP_STEPS = 2048
@@ -245,6 +242,9 @@ class Controller:
         lower = forecast.progress_lower
         if math.isfinite(lower):
             self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
+        if forecast.progress < IDLE_PROGRESS and not forecast.turns_window:
+            self._watch_idleness(forecast)
+            return None
         context = context_of(observation, forecast)
         longest = self._longest(forecast, verdict)
         arm = self.policy.choose(context, longest)

@@ -15,7 +15,9 @@ from hybridopt.weights.buckets import Bucket
 __all__ = ["DozingLag", "averaged"]
 
 INTERVAL_STEPS = 8
-"""Sleeping steps between two updates of the lag."""
+"""Coasting steps between two updates of the lag."""
+DEEP_INTERVAL_STEPS = 16
+"""The same asleep, where nothing but ``evaluation_weights`` asks for it."""
 
 
 class DozingLag:
@@ -48,7 +50,8 @@ class DozingLag:
     @property
     def due(self) -> bool:
         """Whether ``catch_up`` is."""
-        return self.steps >= INTERVAL_STEPS
+        interval = INTERVAL_STEPS if self.windows else DEEP_INTERVAL_STEPS
+        return self.steps >= interval
 
     @property
     def dozes(self) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from hybridopt import HybridPredictOptimizer, Phase
+from hybridopt.hooks import plain_step
 from tests.contract.loops import WARMUP_STEPS, backward, build, drive, wrap
 from tests.problems import BASES, assert_same_bits, regression, train, train_bare
 
@@ -218,6 +219,29 @@ def test_global_hooks_see_the_wrapper_once_per_step(enabled):
             handle.remove()
     assert seen == [("pre", opt), ("post", opt)] * 13
     assert not torch_optimizer._global_optimizer_post_hooks
+
+
+def test_whoever_listens_to_the_base_hears_its_steps():
+    problem = regression()
+    opt = build(problem)
+    with torch.profiler.profile() as profile:
+        opt.step(lambda: problem.loss(0))
+    names = [event.key for event in profile.key_averages()]
+    for kind in (HybridPredictOptimizer, type(opt.base)):
+        assert f"Optimizer.step#{kind.__name__}.step" in names
+    assert plain_step(opt.base) != opt.base.step
+    # What was put on the instance is what is called.
+    calls = []
+    original = opt.base.step
+    opt.base.step = lambda *a: calls.append(1) or original(*a)
+    opt.step(lambda: problem.loss(1))
+    assert calls == [1]
+    del opt.base.step
+    handle = opt.base.register_step_pre_hook(lambda *_: calls.append(2))
+    opt.step(lambda: problem.loss(2))
+    assert calls == [1, 2]
+    handle.remove()
+    assert plain_step(opt.base) != opt.base.step
 
 
 def test_hook_of_another_kind_registered_inside_a_step_survives():

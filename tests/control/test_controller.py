@@ -59,3 +59,19 @@ def test_a_move_taken_back_made_no_progress_and_cost_more():
     outcome = controller.outcome(_observation([-1.0, -3.0], move), rolled_back=True)
     assert outcome.progress == 0.0
     assert outcome.cost > 1.0
+
+
+@pytest.mark.parametrize(("turns", "moves"), [(False, False), (True, True)])
+def test_a_move_worth_nothing_is_made_only_where_a_window_ends(turns, moves):
+    config = HybridConfig(warmup_steps=0)
+    controller = Controller(config, build_policy(FixedHorizon(), 16, CONTEXT_SIZE))
+    ones = torch.ones(2, dtype=torch.float64)
+    coefficients = torch.full((2, 2), 0.01, dtype=torch.float64)
+    forecast = Forecast(coefficients, 1.0, 0.01, 0.01, turns_window=turns)
+    verdict = Verdict(Level.OK, RecoveryAction.CONTINUE)
+    seen = _observation([0.0, 0.0])
+    move = controller.schedule(seen, verdict, forecast, ones, ones, True)
+    assert (move is not None) is (controller.move is not None) is moves
+    for _ in range(30):
+        controller.schedule(seen, verdict, forecast, ones, ones, True)
+    assert controller.sleep_steps > 0  # and it counts as idle all the same

@@ -363,7 +363,7 @@ def test_what_is_observed_is_what_a_judged_step_would_have_observed(monkeypatch)
 def test_moves_are_measured_along_the_displacement_that_they_went_along():
     problem = regression()
     listener = _Listener()
-    listener.gain = 0.5
+    listener.gain = listener.progress = 0.5
     opt = _build(problem, components={"predictor": listener}, max_predict_steps=0)
     steps = []
     for i in range(40):

@@ -82,7 +82,7 @@ def test_evaluation_weights_in_sleep_are_close_to_the_ema(steps, monkeypatch):
 
     (asleep, now), (whole, same) = _runs(monkeypatch, measure)
     assert torch.equal(now, same)
-    assert (asleep - whole).norm() < 0.02 * (whole - now).norm()
+    assert (asleep - whole).norm() < 0.03 * (whole - now).norm()
 
 
 def test_looking_at_evaluation_weights_changes_nothing():
