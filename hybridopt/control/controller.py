@@ -17,6 +17,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.control.context import context_of
 from hybridopt.protocols import HorizonPolicy
 from hybridopt.types import (
+    DRIFT,
     Extent,
     Forecast,
     Level,
@@ -36,7 +37,7 @@ SLOW_WORTH_RATE = 0.07
 """Share per real step by which the consumable worth follows the forecast's bound."""
 
 IDLE_PROGRESS = 0.03
-"""A move worth fewer steps does not pay: none is made, unless a drift window ends."""
+"""A move worth fewer steps does not pay: none is made, unless drift moves with it."""
 IDLE_DRIFT = 0.05
 """Mean drift gain below which drift moves do not pay either."""
 IDLE_STEPS = 15
@@ -213,7 +214,7 @@ class Controller:
             self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
 
     def expect_turn(self, forecast: Forecast) -> None:
-        """Coasting: take in when the drift window turns; no move before it does."""
+        """Take in when the drift window turns, and how much of a rate to hold."""
         self._turns_in = forecast.turns_in
         self.hold = forecast.hold
 
@@ -237,17 +238,16 @@ class Controller:
         if not (self.warm and allowed) or self.asleep:
             return None
         self._caution = verdict.level >= Level.CAUTION
-        self._turns_in = forecast.turns_in
-        self.hold = forecast.hold
+        self.expect_turn(forecast)
         lower = forecast.progress_lower
         if math.isfinite(lower):
             self._slow_worth += SLOW_WORTH_RATE * (max(lower, 0.0) - self._slow_worth)
-        if forecast.progress < IDLE_PROGRESS and not forecast.turns_window:
+        drifts = forecast.turns_window and bool(forecast.coefficients[:, DRIFT].any())
+        if forecast.progress < IDLE_PROGRESS and not drifts:
             self._watch_idleness(forecast)
             return None
         context = context_of(observation, forecast)
-        longest = self._longest(forecast, verdict)
-        arm = self.policy.choose(context, longest)
+        arm = self.policy.choose(context, self._longest(forecast, verdict))
         horizon = self.policy.horizons[arm]
         steps, falls = step_column(forecast.coefficients), slopes.numpy()
         downhill = np.maximum(falls, 0.0)

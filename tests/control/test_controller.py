@@ -61,12 +61,15 @@ def test_a_move_taken_back_made_no_progress_and_cost_more():
     assert outcome.cost > 1.0
 
 
-@pytest.mark.parametrize(("turns", "moves"), [(False, False), (True, True)])
-def test_a_move_worth_nothing_is_made_only_where_a_window_ends(turns, moves):
+@pytest.mark.parametrize(
+    ("turns", "drift", "moves"),
+    [(False, 0.0, False), (True, 0.0, False), (True, 0.01, True)],
+)
+def test_a_move_worth_nothing_is_made_only_where_drift_moves(turns, drift, moves):
     config = HybridConfig(warmup_steps=0)
     controller = Controller(config, build_policy(FixedHorizon(), 16, CONTEXT_SIZE))
     ones = torch.ones(2, dtype=torch.float64)
-    coefficients = torch.full((2, 2), 0.01, dtype=torch.float64)
+    coefficients = torch.tensor([[0.01, drift]] * 2, dtype=torch.float64)
     forecast = Forecast(coefficients, 1.0, 0.01, 0.01, turns_window=turns)
     verdict = Verdict(Level.OK, RecoveryAction.CONTINUE)
     seen = _observation([0.0, 0.0])
