@@ -1,17 +1,21 @@
 """What a bare step takes while an arm runs: machines are not equally fast for long.
 
-Process time of the same bare step differs by a fifth from one half minute to the next,
-by what neighbours do to shared caches and clocks. So every run is interleaved with
+The time of the same bare step differs by a fifth from one half minute to the next, by
+what neighbours do to shared caches and clocks; on a GPU too, where the host is what a
+small step waits for. So every run is interleaved with
 steps of the bare base on the same task, and its time is counted in those.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from benchmarks.arms import ARMS, Setup, Stepper
 from benchmarks.counting import Meter
@@ -43,6 +47,7 @@ class Pacer:
     ) -> None:
         self._make, self._clock = make, clock
         self._done = 0
+        self._stepper: Stepper
         self._renew()
         self.begin()
 
@@ -67,13 +72,13 @@ class Pacer:
         """
         started = self._clock()
         until = SHARE * (started - self._last)
-        with torch.random.fork_rng(devices=[]):
+        with _own_random_streams():
             if self._done + 2 > self._setup.steps:
                 self._renew()
             self._step()
             meter, first = self._meter, self._done
             before = meter.wall_s, meter.process_s
-            with meter.timed(torch.device("cpu")):
+            with meter.timed(self._device):
                 while True:
                     self._step()
                     ended = self._done >= self._setup.steps
@@ -96,6 +101,18 @@ class Pacer:
         """Process seconds of a bare step since ``begin``; nan before any."""
         return self.process_s / self.steps if self.steps else float("nan")
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its weights, gradients and the base's state."""
+        kept: list[Tensor] = []
+        for parameter in self._task.model.parameters():
+            kept += (
+                [parameter] if parameter.grad is None else [parameter, parameter.grad]
+            )
+            state = self._stepper.optimizer.state.get(parameter, {}).values()
+            kept += [value for value in state if isinstance(value, Tensor)]
+        return sum(t.nbytes for t in kept if t.device == self._device)
+
     def _step(self) -> None:
         begin_step = getattr(self._task, "begin_step", None)
         if begin_step is not None:
@@ -105,12 +122,23 @@ class Pacer:
 
     def _renew(self) -> None:
         """The task from its beginning, behind a first step that makes the state."""
-        with torch.random.fork_rng(devices=[]):
+        # One after the other, so that a GPU never holds two.
+        self._task = self._stepper = self._meter = None  # type: ignore[assignment]
+        gc.collect()
+        with _own_random_streams():
             self._task, self._setup = self._make()
+            self._device = next(self._task.model.parameters()).device
             meter = Meter(self._task.closure, getattr(self._task, "advance", None))
             self._meter = meter
-            self._stepper: Stepper = ARMS["base"].build(
-                self._task.model, meter, self._setup
-            )
+            self._stepper = ARMS["base"].build(self._task.model, meter, self._setup)
             self._done = 0
             self._step()
+
+
+def _own_random_streams() -> AbstractContextManager[None]:
+    """What is drawn inside is not missing outside, dropout on a GPU included."""
+    known = torch.cuda.is_available() and torch.cuda.is_initialized()
+    context: AbstractContextManager[None] = torch.random.fork_rng(
+        devices=list(range(torch.cuda.device_count())) if known else []
+    )
+    return context

@@ -184,6 +184,7 @@ def run(
     account.wall_s, account.process_s = meter.wall_s, meter.process_s
     if device.type == "cuda":
         account.peak_bytes = torch.cuda.max_memory_allocated(device)
+        account.peak_bytes -= 0 if pacer is None else pacer.held_bytes
     else:
         account.peak_bytes = live_tensor_bytes() - held_before
     if account.points and not account.failure:

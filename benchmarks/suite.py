@@ -157,12 +157,8 @@ def _warm_ups(case: Case, options: Options) -> Iterator[Planned]:
         yield replace(item, steps=max(4, round(steps)))
 
 
-def _pacer(case: Case, options: Options, seed: int) -> Pacer | None:
-    """Bare steps between those of the runs; None on a GPU, which one process has to
-    itself and which is equally fast all along.
-    """
-    if options.device != "cpu":
-        return None
+def _pacer(case: Case, options: Options, seed: int) -> Pacer:
+    """Bare steps between those of the runs."""
     bases = [item for item in planned(case, options) if item.arm is ARMS["base"]]
     # The case's own length, or the closest to it.
     item = min(bases, key=lambda item: abs(math.log(item.fraction)))
