@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -82,6 +83,27 @@ class Collected:
         ]
 
 
+_GAP = re.compile(r"seeds ([\d, ]+): not run: (.+)")
+
+
+def _left(gap: str, runs: Sequence[Run]) -> list[str]:
+    """Of a gap in words, as ``Collected`` writes it, what the runs do not fill."""
+    found = _GAP.fullmatch(gap)
+    if found is None:
+        return [gap]
+    made = {(r.seed, f"{r.arm} {r.fraction:g} N") for r in runs}
+    begun = {(r.seed, "everything") for r in runs}
+    names = found[2].split(", ")
+    lines: dict[str, list[str]] = {}
+    for seed in found[1].split(", "):
+        missing = [n for n in names if (int(seed), n) not in made | begun]
+        if missing:
+            lines.setdefault(", ".join(missing), []).append(seed)
+    return [
+        f"seeds {', '.join(seeds)}: not run: {names}" for names, seeds in lines.items()
+    ]
+
+
 def _place(r: Run) -> tuple[int, int, float]:
     return (r.seed, _ORDER.get(r.arm, len(_ORDER)), r.fraction)
 
@@ -108,7 +130,9 @@ def joined(groups: Sequence[Sequence[CaseResult]]) -> list[CaseResult]:
         extra = [r for r in result.runs if (r.arm, r.fraction, r.seed) not in made]
         first.runs = sorted([*first.runs, *extra], key=_place)
         made |= {(r.arm, r.fraction, r.seed) for r in extra}
-        first.missing = list(dict.fromkeys([*first.missing, *result.missing]))
+        gaps = dict.fromkeys([*first.missing, *result.missing])
+        left = [gap for text in gaps for gap in _left(text, first.runs)]
+        first.missing = list(dict.fromkeys(left))
         first.errors = list(dict.fromkeys([*first.errors, *result.errors]))
         first.skipped = first.skipped if result.skipped else ""
     return list(found.values())

@@ -130,6 +130,23 @@ def test_seconds_and_bare_steps_are_not_joined():
         joined([result(paced), result(account())])
 
 
+def test_a_gap_that_another_file_fills_is_none():
+    def result(seed: int, arm: str, *missing: str) -> list[CaseResult]:
+        made = Run("case", arm, seed=seed, fraction=1.0, steps=12, lr=0.01)
+        found = CaseResult("case", "controls", "schedule", 1.0, runs=[made])
+        found.missing = list(missing)
+        return [found]
+
+    first = result(0, "base", "seeds 1, 2: not run: base 1 N, hybrid 1 N", "in words")
+    second = result(1, "base", "seeds 1: not run: hybrid 1 N")
+    third = result(2, "hybrid", "seeds 2: not run: everything")
+    assert joined([first, second, third])[0].missing == [
+        "seeds 1: not run: hybrid 1 N",
+        "seeds 2: not run: base 1 N",
+        "in words",
+    ]
+
+
 def test_kernels_are_compiled_off_the_clock_on_a_gpu():
     case = CASES["finetune-3e-5"]
     arms = ("base", "hybrid", "prodigy")
