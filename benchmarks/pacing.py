@@ -2,8 +2,8 @@
 
 The time of the same bare step differs by a fifth from one half minute to the next, by
 what neighbours do to shared caches and clocks; on a GPU too, where the host is what a
-small step waits for. So every run is interleaved with
-steps of the bare base on the same task, and its time is counted in those.
+small step waits for. So every run is interleaved with steps of the bare base on the
+same task, and its time is counted in those.
 """
 
 from __future__ import annotations

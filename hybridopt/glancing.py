@@ -13,12 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hybridopt.kernels.flat import dot, flat
 from hybridopt.run import Run
 from hybridopt.types import BASIS_SIZE, Observation
 from hybridopt.weights.local import local
-
-_DOT_LIMIT = 1 << 30
-"""BLAS counts in 32 bits."""
 
 __all__ = ["Glance", "glance", "pass_by"]
 
@@ -99,22 +97,14 @@ def _norm(gradients: list[Tensor]) -> float:
     """Norm of all of them. ``torch.nn.utils.get_total_norm`` sorts them by device and
     kind first, which takes as long as the norm itself where tensors are small.
     """
-    if len(gradients) > FEW or not all([_is_plain(g) for g in gradients]):
+    if len(gradients) > FEW or not all([g.is_floating_point() for g in gradients]):
         with torch.no_grad():
             norms = torch.stack(torch._foreach_norm(gradients))
             return float(torch.linalg.vector_norm(norms))
     # Nothing else in a step takes so little to get at the numbers.
-    vectors = [g.view(-1) for g in gradients]
-    square = sum([torch.dot(v, v).item() for v in vectors])
+    vectors = [flat(g, g.dtype) for g in gradients]
+    square = sum([dot(v, v).item() for v in vectors])
     return math.sqrt(square) if square >= 0.0 else math.nan
-
-
-def _is_plain(gradient: Tensor) -> bool:
-    return (
-        gradient.dtype is torch.float32
-        and gradient.is_contiguous()
-        and gradient.numel() < _DOT_LIMIT
-    )
 
 
 @lru_cache(maxsize=4)
