@@ -17,6 +17,7 @@ from hybridopt.distributed import build_collective, reduction_weights
 from hybridopt.dynamics import build_predictor
 from hybridopt.guard import DivergenceMonitor
 from hybridopt.kernels import select_ops
+from hybridopt.leading import Lead
 from hybridopt.protocols import Collective
 from hybridopt.residuals import build_corrector
 from hybridopt.run import Components, Run
@@ -73,6 +74,7 @@ def build_run(
         sink=MetricsSink(config.metrics_path, keep=config.collect_metrics),
         shares=shares,
         enabled=config.enabled,
+        lead=Lead(config.lead),
         skips_on=components.skips_on,
         replays=requires_closure(base),
     )

@@ -32,6 +32,7 @@ __all__ = [
     "GainConfig",
     "HybridConfig",
     "Linear",
+    "LeadConfig",
     "LinUCB",
     "MLP",
     "Prior",
@@ -96,6 +97,23 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) t in
     [0, 0.75] with b the geometric mean of the drift gains and t in [0, 1] the evidence
     for them. 0 follows the schedule."""
+
+
+class LeadConfig(Checked, frozen=True, kw_only=True):
+    """How far ahead of the base's trajectory gradients are taken."""
+
+    enabled: bool = True
+    """Whether weights are put ahead at all."""
+    rate: NonNegative = 0.15
+    """eta, largest change of the lead per measurement, in base steps. 0: no lead."""
+    maximum: NonNegative = 4.0
+    """Longest lead, in base steps."""
+    relaxation: Fraction = 0.03
+    """Share of the lead that is given up per measurement without significant
+    evidence."""
+    memory_budget: NonNegative = 1024.0
+    """MiB that the two displacements may take together, in bf16 if need be (4 bytes per
+    weight, a fourth weight copy); a model that needs more takes no lead."""
 
 
 class SecantConfig(Checked, frozen=True, kw_only=True):
@@ -246,6 +264,8 @@ class HybridConfig(Checked, frozen=True, kw_only=True):
     """One-step moves."""
     drift: DriftConfig = DriftConfig()
     """Filtered-drift moves."""
+    lead: LeadConfig = LeadConfig()
+    """Gradients taken ahead of the weights."""
     secant: SecantConfig = SecantConfig()
     """Secant moves."""
     predictor: RSSM | MLP | Linear | Prior = Prior()
@@ -258,8 +278,9 @@ class HybridConfig(Checked, frozen=True, kw_only=True):
     residual: ResidualConfig = ResidualConfig()
     """The residual corrector."""
     memory: Literal["default", "low"] = "default"
-    """default: 2 extra weight copies, and a third for drift moves where it fits into
-    ``drift.memory_budget``; low: 1 at most, no drift, the snapshot in host memory."""
+    """default: 2 extra weight copies, a third for drift moves and a fourth for leads
+    where they fit into ``drift.memory_budget`` and ``lead.memory_budget``; low: 1 at
+    most, no drift, no lead, the snapshot in host memory."""
     memory_budget: NonNegative = 64.0
     """MiB for optional buffers (secant pairs, full-precision directions, residual
     factors) beyond the copies of ``memory``."""

@@ -78,6 +78,9 @@ def take_base_step(
     ready = not dozes and run.space.ready
     if ready and not held:
         run.space.before_base()
+    leading = _may_lead(run, held) and run.lead.begin(
+        run.space.ops, run.space.tracked_buckets()
+    )
     started = time.perf_counter()
     if skip is not None:
         run.base.found_inf = skip  # type: ignore[attr-defined]
@@ -90,6 +93,8 @@ def take_base_step(
         if skip is not None:
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
+    if leading:
+        run.lead.end(skip)
     if dozes:
         run.space.doze(windows=run.controller.coasting, due=turning)
     elif ready and held:
@@ -104,6 +109,17 @@ def take_base_step(
     elif not dozes or turning:
         run.keep_buffers()
     return made
+
+
+def _may_lead(run: Run, held: bool) -> bool:
+    """Whether weights may be put ahead behind this base step.
+
+    Not behind secant moves, which leave the base's trajectory, and not on several
+    ranks, which would have to add up what each measures.
+    """
+    if held:
+        run.lead.drop()
+    return not held and run.controller.warm and run.collective.world_size == 1
 
 
 def plan_move(

@@ -28,6 +28,7 @@ from hybridopt.errors import CheckpointError
 from hybridopt.guard import DivergenceMonitor
 from hybridopt.history import RunningMoments
 from hybridopt.holding import RateHold
+from hybridopt.leading import Lead
 from hybridopt.pending import Pending
 from hybridopt.protocols import (
     Collective,
@@ -98,6 +99,7 @@ class Run:
     shares: Tensor
     """(L, 1) weights of local sums in the global ones."""
     enabled: bool
+    lead: Lead
     counters: Counters = field(default_factory=Counters)
     hold: RateHold = field(default_factory=RateHold)
     predictor_error: RunningMoments = field(
@@ -303,6 +305,7 @@ class Run:
             "pending": None if self.pending is None else self.pending.state_dict(),
             "forward_form": self.forward_form,
             "hold": self.hold.state_dict(),
+            "lead": self.lead.state_dict(),
             "buffers": [b.cpu() for b in self.buffers],
         }
 
@@ -350,6 +353,8 @@ class Run:
         self.forward_form = bool(state["forward_form"])
         if "hold" in state:
             self.hold.load_state_dict(state["hold"])
+        if "lead" in state:
+            self.lead.load_state_dict(state["lead"])
         buffers = [] if self.model is None else list_buffers(self.model)
         kept = state["buffers"]
         self.buffers = (

@@ -27,6 +27,7 @@ def summarize(run: Run) -> dict[str, Any]:
         ``backward_calls``; ``backward_reduction`` in [0, 1]; ``closure_s``, ``base_s``,
         ``bookkeeping_s`` and ``bookkeeping_share`` of the three together;
         ``held_rate`` (how many times as long as scheduled the last base step was made);
+        ``lead`` (base steps by which the weights are ahead of its trajectory);
         ``predictor_error`` (running relative error of the expected loss);
         ``extra_bytes`` on the device; ``kernels``; ``estimated_speedup`` with
         ``speedup_basis``.
@@ -46,6 +47,7 @@ def summarize(run: Run) -> dict[str, Any]:
     )
     values["bookkeeping_share"] = counters.bookkeeping_s / spent if spent else 0.0
     values["held_rate"] = run.hold.factor
+    values["lead"] = run.lead.made
     values["predictor_error"] = run.predictor_error.mean
     values["extra_bytes"] = run.space.extra_bytes()
     values["kernels"] = run.space.ops.name

@@ -22,6 +22,7 @@ from hybridopt.config import (
     FixedHorizon,
     GainConfig,
     HybridConfig,
+    LeadConfig,
     Linear,
     LinUCB,
     Prior,
@@ -36,6 +37,7 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = tuple(
 HOLDER = {
     GainConfig: "gain",
     DriftConfig: "drift",
+    LeadConfig: "lead",
     SecantConfig: "secant",
     RSSM: "predictor",
     MLP: "predictor",

@@ -22,6 +22,7 @@ __all__ = [
     "DRIFT_KEY",
     "KEYS",
     "LAG_KEY",
+    "LEAD_KEYS",
     "STEP_KEY",
     "WINDOW_KEY",
     "Bucket",
@@ -33,7 +34,8 @@ STEP_KEY = "hybrid_step"
 LAG_KEY = "hybrid_lag"
 WINDOW_KEY = "hybrid_window"
 DRIFT_KEY = "hybrid_drift"
-KEYS = (ANCHOR, STEP_KEY, LAG_KEY, WINDOW_KEY, DRIFT_KEY)
+LEAD_KEYS = ("hybrid_lead", "hybrid_lead_other")
+KEYS = (ANCHOR, STEP_KEY, LAG_KEY, WINDOW_KEY, DRIFT_KEY, *LEAD_KEYS)
 """Keys in ``state[p]``; a fixed set, all there after the base's first step."""
 
 
@@ -56,6 +58,8 @@ class Bucket:
     lags: list[Tensor] = field(default_factory=list)
     windows: list[Tensor] = field(default_factory=list)
     drifts: list[Tensor] = field(default_factory=list)
+    leads: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    """The base's last two displacements, with their sign turned (``ahead.py``)."""
     step_sq: Tensor | None = None
     """(rows,) ||s||^2 where it is known since s was written; CPU only."""
     drift_sq: Tensor | None = None
@@ -87,6 +91,7 @@ class Bucket:
             (LAG_KEY, self.lags),
             (WINDOW_KEY, self.windows),
             (DRIFT_KEY, self.drifts),
+            *zip(LEAD_KEYS, self.leads, strict=True),
         ):
             if key in held:
                 part.append(held[key])

@@ -169,7 +169,7 @@ class WeightSpace:
     def before_base(self) -> None:
         """Remember the weights that the base is about to move."""
         self._wake()
-        for bucket in self._tracked_buckets():
+        for bucket in self.tracked_buckets():
             if self.low_memory:
                 self.ops.copy(bucket.parameters, bucket.steps)
             elif not self.anchored or self.moved:
@@ -187,7 +187,7 @@ class WeightSpace:
         Returns:
             Whether that move was made.
         """
-        buckets = self._tracked_buckets()
+        buckets = self.tracked_buckets()
         made = None
         if gains is not None and not self.low_memory:
             made = advance_moved(self.ops, buckets, self.beta, gains)
@@ -215,7 +215,7 @@ class WeightSpace:
         """Instead of ``before_base`` and ``after_base``, where a secant move will undo
         the base's step: the anchor alone. The EMA comes along: no lag, empty window.
         """
-        buckets = self._tracked_buckets()
+        buckets = self.tracked_buckets()
         if not self.held:
             self._clear()
         for bucket in () if self.low_memory else buckets:
@@ -247,35 +247,34 @@ class WeightSpace:
         if due:
             self._wake()
         elif self._lag.due:
-            self._lag.catch_up(self._tracked_buckets(), self.ops)
+            self._lag.catch_up(self.tracked_buckets(), self.ops)
             self.anchored = not self._lag.averages
 
     def _wake(self) -> None:
         """Lag, window and anchor as of now, if they are not."""
         if self._lag.dozes:
-            self._lag.wake(self._tracked_buckets(), self.ops)
+            self._lag.wake(self.tracked_buckets(), self.ops)
             self.anchored = True
             self._owed = self.low_memory
 
     def turn_window(self) -> None:
         """The window's displacement becomes the drift: d <- D, D <- 0."""
-        turn(self._tracked_buckets())
+        turn(self.tracked_buckets())
 
     def restart_window(self) -> None:
         """Begin a window here, without a move: D <- 0."""
-        restart(self._tracked_buckets())
+        restart(self.tracked_buckets())
 
     # -- moves ---------------------------------------------------------------------
 
     def keep_anchor(self) -> None:
         """See to it that the anchor holds the weights as they are, before a move.
 
-        To host memory, where low memory keeps it, without waiting: what moves the
-        weights is queued behind the copy.
+        To host memory, where low memory keeps it: queued, without waiting.
         """
         if not self._owed:
             return
-        for bucket in self._tracked_buckets():
+        for bucket in self.tracked_buckets():
             self._copied = copy_across(self.ops, bucket.parameters, bucket.anchors)
         self._owed = False
 
@@ -293,7 +292,7 @@ class WeightSpace:
             False when a new weight would not have been finite; then nothing moved.
         """
         verdicts = []
-        buckets = self._tracked_buckets()
+        buckets = self.tracked_buckets()
         # Of several buckets, one may refuse what another has made.
         kept = revocable or not self.low_memory or len(buckets) > 1
         if kept:
@@ -323,21 +322,21 @@ class WeightSpace:
 
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """sum_j coefficients[l, j] b_jl for every tracked tensor, as new tensors."""
-        return directions.combine(self._tracked_buckets(), coefficients)
+        return directions.combine(self.tracked_buckets(), coefficients)
 
     def displacements(self) -> list[Tensor]:
         """S of every tracked tensor, in row order; not copies."""
-        return directions.displacements(self._tracked_buckets())
+        return directions.displacements(self.tracked_buckets())
 
     def add(self, tensors: list[Tensor]) -> None:
         """theta_l += tensor_l for every tracked tensor, in row order."""
         self.keep_anchor()
-        directions.add(self._tracked_buckets(), tensors)
+        directions.add(self.tracked_buckets(), tensors)
         self.moved = True
 
     def roll_back(self) -> None:
         """Weights <- anchor, bit for bit."""
-        for bucket in () if self._owed else self._tracked_buckets():
+        for bucket in () if self._owed else self.tracked_buckets():
             copy_across(self.ops, bucket.anchors, bucket.parameters)
         self.moved = False
 
@@ -350,7 +349,7 @@ class WeightSpace:
         Without lag (memory="low", or before the first step) the weights stay.
         """
         self.refresh()
-        buckets = [] if self.low_memory else self._tracked_buckets()
+        buckets = [] if self.low_memory else self.tracked_buckets()
         with averaged(buckets, self._lag, self.ops, share):
             yield
 
@@ -387,7 +386,7 @@ class WeightSpace:
 
     def _clear(self, *, drifts: bool = False) -> None:
         with torch.no_grad():
-            clear(self._tracked_buckets(), drifts=drifts)
+            clear(self.tracked_buckets(), drifts=drifts)
         self._lag.reset()
         self._slopes, self.anchored = [], False
 
@@ -396,5 +395,6 @@ class WeightSpace:
     def _all(self) -> list[Bucket]:
         return self._table.current(self.parameters())
 
-    def _tracked_buckets(self) -> list[Bucket]:
+    def tracked_buckets(self) -> list[Bucket]:
+        """Those whose parameters have hybrid tensors."""
         return [b for b in self._all() if b.tracked]

@@ -13,6 +13,7 @@ from hybridopt.weights.buckets import (
     DRIFT_KEY,
     KEYS,
     LAG_KEY,
+    LEAD_KEYS,
     STEP_KEY,
     WINDOW_KEY,
 )
@@ -28,7 +29,7 @@ class HybridTensors:
 
     Args:
         base: Its state holds them.
-        config: ``memory``, ``memory_budget``, and ``drift``'s own budget.
+        config: ``memory``, ``memory_budget``, budgets of ``drift`` and ``lead``.
     """
 
     def __init__(self, base: torch.optim.Optimizer, config: HybridConfig) -> None:
@@ -37,6 +38,8 @@ class HybridTensors:
         self._budget = config.memory_budget * _MIB
         self._drift_budget = config.drift.memory_budget * _MIB
         self._wants_drift = config.drift.enabled and not self.low_memory
+        self._lead_budget = config.lead.memory_budget * _MIB
+        self._wants_lead = config.lead.enabled and not self.low_memory
 
     def extra_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Bytes that they take on the parameters' devices, on this rank."""
@@ -57,11 +60,21 @@ class HybridTensors:
             return False
         return 2 * 2 * sum(shard_numel(p) for p in parameters) <= self._drift_budget
 
+    def leads(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether weights may be put ahead: two displacements, in bf16 if need be, fit
+        into ``lead.memory_budget``, and weights are precise enough to take a lead back.
+        """
+        if not self._wants_lead or any(
+            p.dtype not in (torch.float32, torch.float64) for p in parameters
+        ):
+            return False
+        return 2 * 2 * sum(shard_numel(p) for p in parameters) <= self._lead_budget
+
     def allocate(self, parameters: Sequence[Tensor]) -> None:
         """Make those of every parameter that the base has stepped (it has a gradient)
         or holds state for, and that has none yet.
         """
-        drifts = self.drifts(parameters)
+        drifts, leads = self.drifts(parameters), self.leads(parameters)
         for p in parameters:
             # ``in`` first: reading the state of an unknown parameter would insert it.
             known = p in self.base.state
@@ -78,7 +91,9 @@ class HybridTensors:
                 if not self.low_memory:
                     state[LAG_KEY] = torch.zeros_like(p.detach(), dtype=dtype)
                 if drifts:
-                    self._begin_drift(p, dtype)
+                    self._begin(p, (WINDOW_KEY, DRIFT_KEY), dtype)
+                if leads:
+                    self._begin(p, LEAD_KEYS, dtype)
 
     def restore(self, parameters: Sequence[Tensor]) -> bool:
         """Mend what ``load_state_dict`` left: it casts to the parameter's dtype, and
@@ -88,7 +103,7 @@ class HybridTensors:
             Whether anything had to be mended.
         """
         mended = False
-        drifts = self.drifts(parameters)
+        drifts, leads = self.drifts(parameters), self.leads(parameters)
         for p in parameters:
             state = self.base.state.get(p, {})
             dtype = self._basis_dtype(p, parameters)
@@ -97,15 +112,17 @@ class HybridTensors:
                     state[key] = state[key].to(dtype)
                     mended = True
             if drifts and LAG_KEY in state and WINDOW_KEY not in state:
-                self._begin_drift(p, dtype)
+                self._begin(p, (WINDOW_KEY, DRIFT_KEY), dtype)
                 mended = True
+            if leads and LAG_KEY in state and LEAD_KEYS[0] not in state:
+                self._begin(p, LEAD_KEYS, dtype)
             offloaded = self.low_memory and not hasattr(p, "placements")
             if offloaded and ANCHOR in state and local(p).device.type != "cpu":
                 state[ANCHOR] = local(state[ANCHOR]).cpu().pin_memory()
         return mended
 
-    def _begin_drift(self, p: Tensor, dtype: torch.dtype) -> None:
-        for key in (WINDOW_KEY, DRIFT_KEY):
+    def _begin(self, p: Tensor, keys: Sequence[str], dtype: torch.dtype) -> None:
+        for key in keys:
             self.base.state[p][key] = torch.zeros_like(p.detach(), dtype=dtype)
 
     def _basis_dtype(
@@ -113,11 +130,11 @@ class HybridTensors:
     ) -> torch.dtype:
         """Precision of the directions: the parameter's own when they all fit into
         ``memory_budget`` that way, else bf16, which keeps anchor, step and lag at two
-        copies, and drift at a third.
+        copies, drift at a third, and the lead at a fourth.
         """
         if parameter.dtype.itemsize <= 2 or self.low_memory:
             return parameter.dtype
-        copies = 4 if self.drifts(parameters) else 2
+        copies = 2 + 2 * self.drifts(parameters) + 2 * self.leads(parameters)
         held = sum(shard_numel(p) * p.itemsize for p in parameters)
         return parameter.dtype if copies * held <= self._budget else torch.bfloat16
 

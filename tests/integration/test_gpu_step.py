@@ -149,3 +149,48 @@ def test_resume_equals_uninterrupted(memory, steps, tmp_path):
     for one in (made, other):
         one.run(20, start=steps)
     assert_same_bits(made.weights(), other.weights())
+
+
+def _ahead(name):
+    """A run that is ahead of its base, with 2 steps of lead from now on."""
+    trained = Trained(name)
+    trained.run(20)
+    lead = trained.opt.run.lead
+    lead.length.learn = lambda statistics: None
+    lead.length.value = 2.0
+    trained.run(10, 20)
+    assert lead.made == 2.0
+    return trained
+
+
+@pytest.mark.parametrize("name", list(BASES))
+def test_step_skipped_on_the_device_leaves_weights_and_lead(name):
+    trained = _ahead(name)
+    before = trained.weights()
+    trained.run(1, 30, {30: math.nan})
+    assert_same_bits(trained.weights(), before)
+    twin = _ahead(name)
+    for each in (trained, twin):
+        each.opt.run.lead.length.value = 0.0
+        each.run(1, 31)
+        assert each.opt.run.lead.made == 0.0
+    for a, b in zip(trained.weights(), twin.weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(BASES))
+def test_resume_while_ahead_on_the_device_equals_uninterrupted(name):
+    trained = Trained(name)
+    trained.run(20)
+    trained.opt.run.lead.length.value = 2.0
+    trained.run(11, 20)
+    assert trained.opt.run.lead.made > 0.0
+    state = copy.deepcopy(trained.opt.state_dict())
+    weights = copy.deepcopy(trained.model.state_dict())
+    trained.run(20, 31)
+    other = Trained(name)
+    other.model.load_state_dict(weights)
+    other.opt.load_state_dict(state)
+    other.run(20, 31)
+    assert_same_bits(trained.weights(), other.weights())
+    assert trained.opt.statistics()["lead"] == other.opt.statistics()["lead"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hybridopt import HybridPredictOptimizer
-from hybridopt.config import DriftConfig, Prior, SecantConfig
+from hybridopt.config import DriftConfig, LeadConfig, Prior, SecantConfig
 from hybridopt.errors import ConfigError
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
@@ -131,11 +131,18 @@ def test_directions_lose_precision_before_they_exceed_the_budget(budget, dtype):
     assert state["hybrid_drift"].dtype is dtype
 
 
-@pytest.mark.parametrize(("budget", "copies"), [(0.0, 2), (1024.0, 3)])
-def test_drift_takes_the_third_copy_where_its_own_budget_allows(budget, copies):
+@pytest.mark.parametrize(
+    ("drift", "lead", "copies"),
+    [(0.0, 0.0, 2), (1024.0, 0.0, 3), (0.0, 1024.0, 3), (1024.0, 1024.0, 4)],
+)
+def test_drift_and_lead_take_a_copy_each_where_their_budgets_allow(drift, lead, copies):
     problem = regression()
-    drift = DriftConfig(memory_budget=budget)
-    opt = _build(problem, memory_budget=0.0, drift=drift)
+    opt = _build(
+        problem,
+        memory_budget=0.0,
+        drift=DriftConfig(memory_budget=drift),
+        lead=LeadConfig(memory_budget=lead),
+    )
     train(problem, opt, 40)
     weights = sum(p.nbytes for p in problem.model.parameters())
     assert opt.statistics()["extra_bytes"] == copies * weights

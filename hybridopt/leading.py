@@ -1,0 +1,156 @@
+"""Gradients taken ahead of the weights: each base step made along its newest part.
+
+A base with memory (momentum) goes on along old gradients. With s its last displacement
+and p the one before, the weights are put kappa s ahead of its trajectory:
+
+    theta <- theta + s + kappa s - kappa p,
+
+so that gradients are taken where the base is about to be, as in Nesterov's method. Only
+the newest lead is in the weights: kappa does not add up. How long it should be is
+learned (``dynamics/lead.py``); the arithmetic is in ``weights/ahead.py``.
+
+Source: Nesterov 1983, in the form of Sutskever et al. 2013 (gradients at the
+looked-ahead weights) and Ma and Yarats 2019, arXiv 1810.06801 (equation 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.config import LeadConfig
+from hybridopt.dynamics.lead import LeadLength
+from hybridopt.protocols import Ops
+from hybridopt.weights.ahead import leads, measure, put_ahead, remember
+from hybridopt.weights.buckets import Bucket
+from hybridopt.weights.reading import PendingReading
+
+__all__ = ["Lead"]
+
+INTERVAL_STEPS = 2
+"""Steps from one measurement to the next while there is a lead."""
+IDLE_INTERVALS_STEPS = (4, 32)
+"""The same while there is none, at first and at most: it is a 32nd of the steps without
+one, down to a power of two. Only the two steps before a measurement are kept then."""
+
+
+class Lead:
+    """How far ahead the weights are, and what was last measured of it.
+
+    Args:
+        config: ``rate`` 0 keeps the lead at 0, and nothing is kept or measured.
+    """
+
+    def __init__(self, config: LeadConfig) -> None:
+        self.length = LeadLength(config)
+        self._enabled = config.enabled and config.rate > 0.0
+        self.steps = 0
+        """Base steps since there may be a lead."""
+        self.idle_steps = 0
+        """Base steps since there was a lead."""
+        self.made = 0.0
+        """kappa of the lead that is in the weights."""
+        self._known = 0
+        """How many of the last two displacements are kept."""
+        self._side = 0
+        self._reading: PendingReading | Tensor | None = None
+        """Numbers on their way to the host; on the CPU none ever are."""
+        self._before: list[list[Tensor]] = []
+        self._buckets: Sequence[Bucket] = ()
+
+    def begin(self, ops: Ops, buckets: Sequence[Bucket]) -> bool:
+        """Before the base's step, gradients being there: measure, keep the weights.
+
+        Returns:
+            Whether ``end`` has something to do behind the step.
+        """
+        if not self._enabled:
+            return False
+        self.steps += 1
+        self.idle_steps = 0 if self.made > 0.0 else self.idle_steps + 1
+        if not self._wanted():
+            self._known = 0
+            return False
+        if not leads(buckets):
+            self.drop()
+            return False
+        if self._known == 2 and self._due(self.steps):
+            self._measure(ops, buckets)
+        self._buckets = buckets
+        with torch.no_grad():
+            self._before = remember(buckets, self._side)
+        # Should the base fail now, the older displacement is lost.
+        self._known = min(self._known, 1)
+        return True
+
+    def end(self, skip: Tensor | None = None) -> None:
+        """Behind the base's step: take the old lead back and make the new one.
+
+        Args:
+            skip: 0-dim, 1.0 where the base skipped its step on the device.
+        """
+        lead = self.length.value
+        with torch.no_grad():
+            put_ahead(self._buckets, self._before, self._side, lead, self.made, skip)
+        self._side = 1 - self._side
+        self._known += 1
+        self.made = lead
+        self._before, self._buckets = [], ()
+
+    def drop(self) -> None:
+        """Let the weights be where they are: what they were ahead by is forgotten."""
+        self.made, self._known = 0.0, 0
+
+    def _wanted(self) -> bool:
+        if self.length.value > 0.0 or self.made > 0.0:
+            return True
+        # A measurement takes the two displacements before it.
+        return any([self._due(self.steps + ahead) for ahead in range(3)])
+
+    def _due(self, step: int) -> bool:
+        if self.length.value > 0.0 or self.made > 0.0:
+            return step % INTERVAL_STEPS == 0
+        shortest, longest = IDLE_INTERVALS_STEPS
+        idle = min(max(self.idle_steps // 32, shortest), longest)
+        return step % (1 << (idle.bit_length() - 1)) == 0
+
+    def _measure(self, ops: Ops, buckets: Sequence[Bucket]) -> None:
+        self._settle()
+        self._reading = measure(ops, buckets, self._side)
+        if all([b.on_host for b in buckets]):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Learn from what was measured last: on a GPU those numbers have arrived."""
+        if self._reading is not None:
+            self.length.learn(self._numbers())
+            self._reading = None
+
+    def _numbers(self) -> Tensor:
+        if isinstance(self._reading, PendingReading):
+            self._reading = self._reading.wait().statistics
+        assert self._reading is not None
+        return self._reading
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the displacements; waits for numbers on their way."""
+        return {
+            "length": self.length.state_dict(),
+            "steps": self.steps,
+            "idle_steps": self.idle_steps,
+            "made": self.made,
+            "known": self._known,
+            "side": self._side,
+            "reading": None if self._reading is None else self._numbers(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.length.load_state_dict(state["length"])
+        self.steps, self.made = int(state["steps"]), float(state["made"])
+        self.idle_steps = int(state["idle_steps"])
+        self._known, self._side = int(state["known"]), int(state["side"])
+        self._reading = state["reading"]

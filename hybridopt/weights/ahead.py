@@ -1,0 +1,98 @@
+"""Putting weights ahead of the base's trajectory, and measuring whether it pays.
+
+Each bucket keeps the base's last two displacements, with their sign turned, in two
+lists that swap roles from step to step: ``side`` tells which holds the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybridopt.protocols import Ops
+from hybridopt.weights.buckets import Bucket
+from hybridopt.weights.reading import PendingReading
+
+__all__ = ["leads", "measure", "put_ahead", "remember"]
+
+
+def leads(buckets: Sequence[Bucket]) -> bool:
+    """Whether every one of them has room for two displacements."""
+    return bool(buckets) and all(b.leads[0] and b.leads[1] for b in buckets)
+
+
+def measure(ops: Ops, buckets: Sequence[Bucket], side: int) -> PendingReading:
+    """Gradients against the last two displacements, on their way to the host.
+
+    ``wait`` brings (L, 5): ||g||^2, -<g, s>, -<g, p>, ||s||^2, ||p||^2.
+    """
+    reading = PendingReading(sum(len(b.rows) for b in buckets), None)
+    places = iter(range(sum(len(b.rows) for b in buckets)))
+    for bucket in buckets:
+        rows = [next(places) for _ in bucket.rows]
+        if bucket.gradients:
+            basis = [bucket.leads[side], bucket.leads[1 - side]]
+            reading.add_statistics(rows, ops.observe(bucket.gradients, basis))
+    reading.send()
+    return reading
+
+
+def remember(buckets: Sequence[Bucket], side: int) -> list[list[Tensor]]:
+    """The weights that the base is about to move, per bucket.
+
+    Where precisions agree they take the older displacement's place.
+    """
+    kept = []
+    for bucket in buckets:
+        older = bucket.leads[1 - side]
+        if older[0].dtype is bucket.parameters[0].dtype:
+            torch._foreach_copy_(older, bucket.parameters)
+            kept.append(older)
+        else:
+            kept.append([p.detach().clone() for p in bucket.parameters])
+    return kept
+
+
+def put_ahead(
+    buckets: Sequence[Bucket],
+    before: Sequence[list[Tensor]],
+    side: int,
+    lead: float,
+    made: float,
+    skip: Tensor | None = None,
+) -> None:
+    """Theta += lead s - made p, with s the base's step just made and p the one before.
+
+    What is taken back is, to the last bit, the number that was added; and the older of
+    the two displacements is s afterwards.
+
+    Args:
+        buckets: All of them tracked.
+        before: What ``remember`` returned before that step.
+        side: Of p.
+        lead: kappa from now on.
+        made: kappa by which the weights are ahead so far.
+        skip: 0-dim, 1.0 where the base left everything as it was: then nothing moves,
+            and where ``lead`` is positive, s is what the weights are ahead by over
+            ``lead``.
+    """
+    for bucket, weights in zip(buckets, before, strict=True):
+        newest, older = bucket.leads[1 - side], bucket.leads[side]
+        torch._foreach_sub_(weights, bucket.parameters)
+        if weights is not newest:
+            torch._foreach_copy_(newest, weights)
+        if lead > 0.0:
+            torch._foreach_add_(bucket.parameters, newest, alpha=-lead)
+        if made <= 0.0:
+            continue
+        if skip is None:
+            torch._foreach_add_(bucket.parameters, older, alpha=made)
+            continue
+        stays = skip.to(older[0].device, older[0].dtype)
+        back = torch._foreach_mul(older, 1.0 - stays)
+        torch._foreach_add_(bucket.parameters, back, alpha=made)
+        if lead > 0.0:
+            left = torch._foreach_mul(older, stays)
+            torch._foreach_add_(newest, left, alpha=made / lead)
