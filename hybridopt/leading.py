@@ -15,7 +15,7 @@ looked-ahead weights) and Ma and Yarats 2019, arXiv 1810.06801 (equation 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,17 @@ from torch import Tensor
 from hybridopt.config import LeadConfig
 from hybridopt.dynamics.lead import LeadLength
 from hybridopt.protocols import Ops
-from hybridopt.weights.ahead import leads, measure, put_ahead, remember
+from hybridopt.weights.ahead import leads, measure, measure_on_host, put_ahead, remember
 from hybridopt.weights.buckets import Bucket
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["Lead"]
 
-INTERVAL_STEPS = 2
-"""Steps from one measurement to the next while there is a lead."""
-IDLE_INTERVALS_STEPS = (4, 32)
-"""The same while there is none, at first and at most: it is a 32nd of the steps without
-one, down to a power of two. Only the two steps before a measurement are kept then."""
+INTERVAL_STEPS = 4
+"""Steps from one measurement to the next. While there is no lead only the two steps
+before each are kept."""
+ASLEEP_INTERVAL_STEPS = 32
+"""The same without a lead while the optimizer is asleep."""
 
 
 class Lead:
@@ -49,8 +49,6 @@ class Lead:
         self._enabled = config.enabled and config.rate > 0.0
         self.steps = 0
         """Base steps since there may be a lead."""
-        self.idle_steps = 0
-        """Base steps since there was a lead."""
         self.made = 0.0
         """kappa of the lead that is in the weights."""
         self._known = 0
@@ -61,8 +59,15 @@ class Lead:
         self._before: list[list[Tensor]] = []
         self._buckets: Sequence[Bucket] = ()
 
-    def begin(self, ops: Ops, buckets: Sequence[Bucket]) -> bool:
+    def begin(
+        self, ops: Ops, buckets: Callable[[], Sequence[Bucket]], *, asleep: bool
+    ) -> bool:
         """Before the base's step, gradients being there: measure, keep the weights.
+
+        Args:
+            ops: Measure.
+            buckets: Looks the tracked ones up, if they are needed.
+            asleep: Whether nothing else moves weights, so that little is measured.
 
         Returns:
             Whether ``end`` has something to do behind the step.
@@ -70,18 +75,23 @@ class Lead:
         if not self._enabled:
             return False
         self.steps += 1
-        self.idle_steps = 0 if self.made > 0.0 else self.idle_steps + 1
-        if not self._wanted():
+        interval = ASLEEP_INTERVAL_STEPS if asleep else INTERVAL_STEPS
+        measures = self._known == 2 and self._due(0, interval)
+        if not (measures or self._keeps(interval)):
             self._known = 0
             return False
-        if not leads(buckets):
+        found = buckets()
+        if not leads(found):
             self.drop()
             return False
-        if self._known == 2 and self._due(self.steps):
-            self._measure(ops, buckets)
-        self._buckets = buckets
+        if measures:
+            self._measure(ops, found)
+            if not self._keeps(interval):
+                self._known = 0
+                return False
+        self._buckets = found
         with torch.no_grad():
-            self._before = remember(buckets, self._side)
+            self._before = remember(found, self._side)
         # Should the base fail now, the older displacement is lost.
         self._known = min(self._known, 1)
         return True
@@ -104,24 +114,25 @@ class Lead:
         """Let the weights be where they are: what they were ahead by is forgotten."""
         self.made, self._known = 0.0, 0
 
-    def _wanted(self) -> bool:
+    def _keeps(self, interval: int) -> bool:
+        """Whether this step's displacement is needed: for a lead, or as one of the two
+        that the next measurement takes.
+        """
         if self.length.value > 0.0 or self.made > 0.0:
             return True
-        # A measurement takes the two displacements before it.
-        return any([self._due(self.steps + ahead) for ahead in range(3)])
+        return self._due(1, interval) or self._due(2, interval)
 
-    def _due(self, step: int) -> bool:
+    def _due(self, ahead: int, interval: int) -> bool:
         if self.length.value > 0.0 or self.made > 0.0:
-            return step % INTERVAL_STEPS == 0
-        shortest, longest = IDLE_INTERVALS_STEPS
-        idle = min(max(self.idle_steps // 32, shortest), longest)
-        return step % (1 << (idle.bit_length() - 1)) == 0
+            interval = INTERVAL_STEPS
+        return (self.steps + ahead) % interval == 0
 
     def _measure(self, ops: Ops, buckets: Sequence[Bucket]) -> None:
         self._settle()
-        self._reading = measure(ops, buckets, self._side)
         if all([b.on_host for b in buckets]):
-            self._settle()
+            self.length.learn(measure_on_host(buckets, self._side))
+        else:
+            self._reading = measure(ops, buckets, self._side)
 
     def _settle(self) -> None:
         """Learn from what was measured last: on a GPU those numbers have arrived."""
@@ -131,7 +142,8 @@ class Lead:
 
     def _numbers(self) -> Tensor:
         if isinstance(self._reading, PendingReading):
-            self._reading = self._reading.wait().statistics
+            statistics = self._reading.wait().statistics
+            self._reading = statistics[:, :4]
         assert self._reading is not None
         return self._reading
 
@@ -140,7 +152,6 @@ class Lead:
         return {
             "length": self.length.state_dict(),
             "steps": self.steps,
-            "idle_steps": self.idle_steps,
             "made": self.made,
             "known": self._known,
             "side": self._side,
@@ -151,6 +162,5 @@ class Lead:
         """Restore what ``state_dict`` returned."""
         self.length.load_state_dict(state["length"])
         self.steps, self.made = int(state["steps"]), float(state["made"])
-        self.idle_steps = int(state["idle_steps"])
         self._known, self._side = int(state["known"]), int(state["side"])
         self._reading = state["reading"]

@@ -79,7 +79,9 @@ def take_base_step(
     if ready and not held:
         run.space.before_base()
     leading = _may_lead(run, held) and run.lead.begin(
-        run.space.ops, run.space.tracked_buckets()
+        run.space.ops,
+        run.space.tracked_buckets,
+        asleep=run.controller.sleeps_deeply,
     )
     started = time.perf_counter()
     if skip is not None:

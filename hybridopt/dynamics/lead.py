@@ -37,7 +37,7 @@ class LeadLength:
     """
 
     MEMORY = 0.9
-    FLOOR = 0.002
+    FLOOR = 0.005
     OVERSHOOT_MEMORY = 0.95
     OVERSHOOT_FLOOR = 0.001
     OVERSHOT = 3.0
@@ -54,11 +54,12 @@ class LeadLength:
         """Take in one measurement.
 
         Args:
-            statistics: (L, 5), per tensor ||g||^2, -<g, s>, -<g, p>, ||s||^2 and
-                ||p||^2. What is not finite is ignored.
+            statistics: (n, 4), to be summed over its rows: ||g||^2, -<g, s>, -<g, p>
+                and ||s||^2. What is not finite is ignored.
         """
         sums = statistics.numpy().sum(axis=0)
-        norms = math.sqrt(float(sums[0] * sums[3])) if sums[0] * sums[3] > 0.0 else 0.0
+        square = float(sums[0] * sums[3])
+        norms = math.sqrt(square) if square > 0.0 else 0.0
         if not 0.0 < norms < math.inf or not math.isfinite(sums[1] - sums[2]):
             return
         self._fresh.add(float(sums[1] - sums[2]) / norms)

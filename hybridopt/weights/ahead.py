@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybridopt.kernels.flat import dot
 from hybridopt.protocols import Ops
 from hybridopt.weights.buckets import Bucket
 from hybridopt.weights.reading import PendingReading
 
-__all__ = ["leads", "measure", "put_ahead", "remember"]
+__all__ = ["leads", "measure", "measure_on_host", "put_ahead", "remember"]
 
 
 def leads(buckets: Sequence[Bucket]) -> bool:
@@ -26,7 +27,7 @@ def leads(buckets: Sequence[Bucket]) -> bool:
 def measure(ops: Ops, buckets: Sequence[Bucket], side: int) -> PendingReading:
     """Gradients against the last two displacements, on their way to the host.
 
-    ``wait`` brings (L, 5): ||g||^2, -<g, s>, -<g, p>, ||s||^2, ||p||^2.
+    ``wait`` brings (n, 5): ||g||^2, -<g, s>, -<g, p>, ||s||^2, ||p||^2.
     """
     reading = PendingReading(sum(len(b.rows) for b in buckets), None)
     places = iter(range(sum(len(b.rows) for b in buckets)))
@@ -37,6 +38,28 @@ def measure(ops: Ops, buckets: Sequence[Bucket], side: int) -> PendingReading:
             reading.add_statistics(rows, ops.observe(bucket.gradients, basis))
     reading.send()
     return reading
+
+
+FEW_WEIGHTS = 1 << 20
+"""Up to which all tensors together are one vector: a call costs more than its sums."""
+
+
+def measure_on_host(buckets: Sequence[Bucket], side: int) -> Tensor:
+    """(1, 4) of all CPU buckets together: ||g||^2, -<g, s>, -<g, p>, ||s||^2."""
+    sums = [0.0] * 4
+    for bucket in buckets:
+        if not bucket.gradients:
+            continue
+        lists = (bucket.gradients, bucket.leads[side], bucket.leads[1 - side])
+        count = sum([g.numel() for g in bucket.gradients])
+        if count <= FEW_WEIGHTS:
+            rows = [[torch.cat([t.reshape(-1) for t in part])] for part in lists]
+        else:
+            rows = [[t.reshape(-1) for t in part] for part in lists]
+        for g, s, p in zip(*rows, strict=True):
+            for place, (a, b) in enumerate(((g, g), (g, s), (g, p), (s, s))):
+                sums[place] += dot(a, b).item()
+    return torch.tensor([sums], dtype=torch.float64)
 
 
 def remember(buckets: Sequence[Bucket], side: int) -> list[list[Tensor]]:

@@ -40,6 +40,7 @@ class HybridTensors:
         self._wants_drift = config.drift.enabled and not self.low_memory
         self._lead_budget = config.lead.memory_budget * _MIB
         self._wants_lead = config.lead.enabled and not self.low_memory
+        self._leads_on_gpu = config.lead.on_gpu
 
     def extra_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Bytes that they take on the parameters' devices, on this rank."""
@@ -64,10 +65,12 @@ class HybridTensors:
         """Whether weights may be put ahead: two displacements, in bf16 if need be, fit
         into ``lead.memory_budget``, and weights are precise enough to take a lead back.
         """
-        if not self._wants_lead or any(
-            p.dtype not in (torch.float32, torch.float64) for p in parameters
-        ):
+        if not self._wants_lead:
             return False
+        for p in parameters:
+            here = self._leads_on_gpu or local(p).device.type == "cpu"
+            if not here or p.dtype not in (torch.float32, torch.float64):
+                return False
         return 2 * 2 * sum(shard_numel(p) for p in parameters) <= self._lead_budget
 
     def allocate(self, parameters: Sequence[Tensor]) -> None:

@@ -10,8 +10,8 @@ from hybridopt.dynamics.lead import LeadLength
 
 
 def _statistics(fresh, along):
-    """(2, 5) whose cosines are c = ``fresh`` and r = ``along``, in units of norms 1."""
-    row = [0.5, along / 2, (along - fresh) / 2, 0.5, 0.5]
+    """(2, 4) whose cosines are c = ``fresh`` and r = ``along``, in units of norms 1."""
+    row = [0.5, along / 2, (along - fresh) / 2, 0.5]
     return torch.tensor([row, row], dtype=torch.float64)
 
 
@@ -71,8 +71,8 @@ def test_what_is_not_finite_is_not_learned_from(bad, column):
 def test_nothing_is_learned_from_a_step_that_did_not_happen():
     length = _after([(0.1, -0.05)] * 6)
     before = length.state_dict()
-    length.learn(torch.zeros(2, 5, dtype=torch.float64))
-    length.learn(torch.zeros(0, 5, dtype=torch.float64))
+    length.learn(torch.zeros(2, 4, dtype=torch.float64))
+    length.learn(torch.zeros(0, 4, dtype=torch.float64))
     assert length.state_dict() == before
 
 

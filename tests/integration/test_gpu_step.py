@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from hybridopt import HybridPredictOptimizer, Phase
-from hybridopt.config import FixedHorizon, Prior
+from hybridopt.config import (
+    DriftConfig,
+    FixedHorizon,
+    GainConfig,
+    LeadConfig,
+    Prior,
+    SecantConfig,
+)
 from hybridopt.errors import RecoveryAction
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
@@ -151,9 +158,19 @@ def test_resume_equals_uninterrupted(memory, steps, tmp_path):
     assert_same_bits(made.weights(), other.weights())
 
 
+ALONE = {
+    "lead": LeadConfig(on_gpu=True),
+    "gain": GainConfig(rate=0.0, initial=0.0, minimum=0.0),
+    "drift": DriftConfig(enabled=False),
+    "secant": SecantConfig(enabled=False),
+    "max_predict_steps": 0,
+}
+"""Nothing but the lead moves weights."""
+
+
 def _ahead(name):
     """A run that is ahead of its base, with 2 steps of lead from now on."""
-    trained = Trained(name)
+    trained = Trained(name, **ALONE)
     trained.run(20)
     lead = trained.opt.run.lead
     lead.length.learn = lambda statistics: None
@@ -180,7 +197,7 @@ def test_step_skipped_on_the_device_leaves_weights_and_lead(name):
 
 @pytest.mark.parametrize("name", list(BASES))
 def test_resume_while_ahead_on_the_device_equals_uninterrupted(name):
-    trained = Trained(name)
+    trained = Trained(name, **ALONE)
     trained.run(20)
     trained.opt.run.lead.length.value = 2.0
     trained.run(11, 20)
@@ -188,9 +205,17 @@ def test_resume_while_ahead_on_the_device_equals_uninterrupted(name):
     state = copy.deepcopy(trained.opt.state_dict())
     weights = copy.deepcopy(trained.model.state_dict())
     trained.run(20, 31)
-    other = Trained(name)
+    other = Trained(name, **ALONE)
     other.model.load_state_dict(weights)
     other.opt.load_state_dict(state)
     other.run(20, 31)
     assert_same_bits(trained.weights(), other.weights())
     assert trained.opt.statistics()["lead"] == other.opt.statistics()["lead"]
+
+
+def test_no_lead_on_the_device_unless_it_is_asked_for():
+    trained = Trained()
+    trained.run(60)
+    assert trained.opt.statistics()["lead"] == 0.0
+    state = trained.opt.state[next(trained.model.parameters())]
+    assert "hybrid_lead" not in state

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from hybridopt import HybridPredictOptimizer
+from hybridopt import HybridPredictOptimizer, leading
 from hybridopt.config import (
     DriftConfig,
     GainConfig,
+    HybridConfig,
     LeadConfig,
     Prior,
     SecantConfig,
@@ -20,10 +21,17 @@ from hybridopt.config import (
 from hybridopt.moving import _may_lead
 from hybridopt.run import Components
 from hybridopt.weights.buckets import LEAD_KEYS
+from hybridopt.weights.tensors import HybridTensors
 from tests.problems import assert_same_bits, regression, train, train_bare
 
 RATE = 0.05
 """At which the base overshoots on the small regression problem."""
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    # Where the lead alone moves weights, the optimizer soon sleeps.
+    monkeypatch.setattr(leading, "ASLEEP_INTERVAL_STEPS", leading.INTERVAL_STEPS)
 
 
 def _build(problem, *, waits=True, base=None, **overrides):
@@ -221,6 +229,14 @@ def test_no_lead_and_nothing_kept_where_it_is_off_or_cannot_be_taken_back():
             opt.step(lambda: model(x + torch.randn_like(x)).square().mean())  # noqa: B023
         assert opt.statistics()["lead"] == 0.0
         assert not any(key in opt.state[model.weight] for key in LEAD_KEYS)
+
+
+def test_weights_elsewhere_than_on_the_cpu_are_not_put_ahead_unless_asked():
+    parameters = [torch.empty(3, 2, device="meta")]
+    base = torch.optim.SGD(parameters, lr=0.1)
+    for on_gpu in (False, True):
+        config = HybridConfig(lead=LeadConfig(on_gpu=on_gpu))
+        assert HybridTensors(base, config).leads(parameters) is on_gpu
 
 
 def test_rate_of_zero_is_no_lead():
