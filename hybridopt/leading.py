@@ -33,8 +33,13 @@ __all__ = ["Lead"]
 INTERVAL_STEPS = 4
 """Steps from one measurement to the next. While there is no lead only the two steps
 before each are kept."""
+IDLE_INTERVAL_STEPS = 16
+"""The same where there has been no lead for ``IDLE_STEPS``."""
 ASLEEP_INTERVAL_STEPS = 32
 """The same without a lead while the optimizer is asleep."""
+IDLE_STEPS = 128
+SHORTEST = 0.25
+"""Base steps: a shorter lead is not worth its passes over the weights."""
 
 
 class Lead:
@@ -49,6 +54,8 @@ class Lead:
         self._enabled = config.enabled and config.rate > 0.0
         self.steps = 0
         """Base steps since there may be a lead."""
+        self.idle_steps = 0
+        """Base steps since there was a lead."""
         self.made = 0.0
         """kappa of the lead that is in the weights."""
         self._known = 0
@@ -75,7 +82,8 @@ class Lead:
         if not self._enabled:
             return False
         self.steps += 1
-        interval = ASLEEP_INTERVAL_STEPS if asleep else INTERVAL_STEPS
+        self.idle_steps = 0 if self.made > 0.0 else self.idle_steps + 1
+        interval = self._interval(asleep)
         measures = self._known == 2 and self._due(0, interval)
         if not (measures or self._keeps(interval)):
             self._known = 0
@@ -102,7 +110,7 @@ class Lead:
         Args:
             skip: 0-dim, 1.0 where the base skipped its step on the device.
         """
-        lead = self.length.value
+        lead = self._lead()
         with torch.no_grad():
             put_ahead(self._buckets, self._before, self._side, lead, self.made, skip)
         self._side = 1 - self._side
@@ -114,17 +122,26 @@ class Lead:
         """Let the weights be where they are: what they were ahead by is forgotten."""
         self.made, self._known = 0.0, 0
 
+    def _lead(self) -> float:
+        """Kappa from this step on."""
+        return self.length.value if self.length.value >= SHORTEST else 0.0
+
+    def _interval(self, asleep: bool) -> int:
+        if self._lead() > 0.0 or self.made > 0.0:
+            return INTERVAL_STEPS
+        if asleep:
+            return ASLEEP_INTERVAL_STEPS
+        return INTERVAL_STEPS if self.idle_steps <= IDLE_STEPS else IDLE_INTERVAL_STEPS
+
     def _keeps(self, interval: int) -> bool:
         """Whether this step's displacement is needed: for a lead, or as one of the two
         that the next measurement takes.
         """
-        if self.length.value > 0.0 or self.made > 0.0:
+        if self._lead() > 0.0 or self.made > 0.0:
             return True
         return self._due(1, interval) or self._due(2, interval)
 
     def _due(self, ahead: int, interval: int) -> bool:
-        if self.length.value > 0.0 or self.made > 0.0:
-            interval = INTERVAL_STEPS
         return (self.steps + ahead) % interval == 0
 
     def _measure(self, ops: Ops, buckets: Sequence[Bucket]) -> None:
@@ -152,6 +169,7 @@ class Lead:
         return {
             "length": self.length.state_dict(),
             "steps": self.steps,
+            "idle_steps": self.idle_steps,
             "made": self.made,
             "known": self._known,
             "side": self._side,
@@ -162,5 +180,6 @@ class Lead:
         """Restore what ``state_dict`` returned."""
         self.length.load_state_dict(state["length"])
         self.steps, self.made = int(state["steps"]), float(state["made"])
+        self.idle_steps = int(state["idle_steps"])
         self._known, self._side = int(state["known"]), int(state["side"])
         self._reading = state["reading"]

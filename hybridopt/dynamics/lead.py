@@ -79,8 +79,6 @@ class LeadLength:
         else:
             self.value *= 1.0 - config.relaxation
         self.value = min(max(self.value, 0.0), config.maximum)
-        if self.value < config.rate / 100.0:
-            self.value = 0.0  # not worth its passes over the weights
 
     def state_dict(self) -> dict[str, Any]:
         """The lead and both running moments."""
