@@ -12,6 +12,7 @@ from torch import Tensor
 from hybridopt.config import HybridConfig
 from hybridopt.dynamics.gains import Numbers
 from hybridopt.dynamics.headroom import Room
+from hybridopt.dynamics.level import LossLevel
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.types import DRIFT, Observation
 
@@ -107,6 +108,8 @@ class WindowGains:
         self._evidence = 0.0
         self.room = Room()
         """Evidence of all tensors together that the base's steps do not overshoot."""
+        self.level = LossLevel()
+        """Whether the loss is where it was lowest."""
 
     def _forget_sums(self) -> None:
         self._dots: Numbers = np.zeros(self._size)
@@ -137,13 +140,14 @@ class WindowGains:
         """Exponent of the share of a decaying learning rate to hold.
 
         Drift that goes on paying says that the valley floor still falls, and decay
-        slows that down as well as the noise: min(max(hold (b - 0.1) t, 0), 0.75) with b
-        the geometric mean of the gains and t ``trust``.
+        slows that down as well as the noise: min(max(hold (b - 0.1) t, 0), 0.75) q with
+        b the geometric mean of the gains, t ``trust`` and q the level's ``calm``: where
+        the loss has risen, a rate at the edge of stability is not held.
         """
         if not self.enabled:
             return 0.0
         held = self._config.hold * (self._typical - HOLD_FROM) * self.trust
-        return min(max(held, 0.0), LARGEST_HOLD)
+        return min(max(held, 0.0), LARGEST_HOLD) * self.level.calm
 
     @property
     def trust(self) -> float:
@@ -167,6 +171,7 @@ class WindowGains:
         """Take in one real step; after a turn it opens the next window."""
         if not self.enabled:
             return
+        self.level.add(observation.loss)
         if not observation.partial:
             self.room.add(observation)
         if self.turned and observation.before_turn:
@@ -228,8 +233,18 @@ class WindowGains:
         if not self.turned:
             self.turned = True
             self.windows += 1
+            self._compare_level(moving)
         self._made = moving and self.windows > 1
         return self.gains * self.trust if self._made else torch.zeros_like(self.gains)
+
+    def _compare_level(self, moving: bool) -> None:
+        """Windows of a rate's warm-up are left out: a loss that falls towards the
+        highest rate and rises at it is what schedules do.
+        """
+        if moving:
+            self.level.close()
+        else:
+            self.level = LossLevel()
 
     def shrink(self) -> None:
         """After a rollback: a quarter of every gain."""
@@ -252,6 +267,7 @@ class WindowGains:
             "unmeasured": self._unmeasured,
             "evidence": self._evidence,
             "room": self.room.state_dict(),
+            "level": self.level.state_dict(),
             "dots": torch.from_numpy(self._dots.copy()),
             "gradients": torch.from_numpy(self._gradients.copy()),
             "direction": torch.from_numpy(self._direction.copy()),
@@ -272,6 +288,8 @@ class WindowGains:
         self._evidence = float(state.get("evidence", 0.0))
         if "room" in state:
             self.room.load_state_dict(state["room"])
+        if "level" in state:
+            self.level.load_state_dict(state["level"])
 
 
 def _significance(cosine: Tensor) -> float:

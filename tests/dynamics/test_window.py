@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,44 @@ def test_hold_ends_where_drift_does_not_pay():
         made.forecast(slopes(L))
     assert made.forecast(slopes(L)).hold == 0.0
     assert made.state_dict()["window"]["measured"]
+
+
+def test_no_rate_is_held_while_the_loss_lies_above_its_lowest_window():
+    made = drifting(hold=2.0)
+    holds = []
+    for i, plain in enumerate(noisy(30 * K, L, seed=5)):
+        # From the tenth window to the twentieth it is as high as at the start.
+        above = 2.0 if 10 * K <= i < 20 * K else 1.0 - 0.001 * i
+        one = replace(plain, loss=above + 0.0001 * (i % 3))
+        made.observe(replace(one, dots=one.dots - 0.05 * one.dots.abs()))
+        holds.append(made.forecast(slopes(L)).hold)
+    assert min(holds[8 * K : 10 * K]) > 0.3
+    # Ranks need eight losses, here two windows, to say so.
+    assert max(holds[12 * K : 20 * K]) == 0.0
+    assert min(holds[22 * K :]) > 0.3
+
+
+def test_losses_of_the_schedules_warm_up_are_not_what_later_ones_are_compared_with():
+    made = drifting(hold=2.0)
+    made.moving = False
+    for i, plain in enumerate(noisy(30 * K, L, seed=5)):
+        made.moving = i >= 4 * K
+        loss = (0.5 if i < 4 * K else 1.0) + 0.0001 * (i % 3) - 1e-6 * i
+        made.observe(replace(plain, loss=loss))
+        made.forecast(slopes(L))
+    assert made.window.level.calm == 1.0
+
+
+def test_checkpoints_from_before_the_level_load():
+    made = drifting(hold=2.0)
+    for one in noisy(6 * K, L, seed=5):
+        made.observe(one)
+        made.forecast(slopes(L))
+    state = made.state_dict()
+    del state["window"]["level"]
+    other = drifting(hold=2.0)
+    other.load_state_dict(state)
+    assert other.window.hold == made.window.hold > 0.0
 
 
 def test_window_turns_without_moving_before_warm_up_is_over():
