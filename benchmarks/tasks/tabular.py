@@ -25,6 +25,11 @@ from benchmarks.tasks.base import (
 __all__ = ["diamonds", "make"]
 
 Pair = tuple[Tensor, Tensor]
+LONGEST_MM = 20.0
+"""A side longer than this, or of no length, is a typing error. The table has 23 such
+stones; one of those that would be held out, 58.9 mm wide where 8.1 was meant, lies 46
+standard deviations from the mean and made up to four fifths of the held-out loss of
+10,788 stones, by chance. They are trained on, as they come."""
 _NUMBERS = ("carat", "depth", "table", "x", "y", "z")
 _GRADES = {
     "cut": ("Fair", "Good", "Very Good", "Premium", "Ideal"),
@@ -34,8 +39,10 @@ _GRADES = {
 
 
 def make(setting: Setting) -> BatchTask[Pair]:
-    """Regression of the standardized log price; every fifth stone is held out."""
-    x, y = (t.to(setting.device) for t in diamonds(_source(setting.data)))
+    """Regression of the standardized log price; every fifth stone is held out, and
+    judged by if its measurements are possible.
+    """
+    x, y, possible = (t.to(setting.device) for t in diamonds(_source(setting.data)))
     held = torch.arange(len(x), device=x.device) % 5 == 0
     width = {"quick": 256, "full": 256, "gpu": 512}[setting.scale]
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +56,7 @@ def make(setting: Setting) -> BatchTask[Pair]:
             nn.GELU(),
             nn.Linear(width, 1),
         ).to(setting.device)
-    train_x, train_y, held_x, held_y = x[~held], y[~held], x[held], y[held]
+    train_x, train_y, held_x, held_y = x[~held], y[~held], *(t[held & possible] for t in (x, y))
     order = EpochOrder(len(train_x), min(512, len(train_x)), setting.seed)
 
     def rows(index: int) -> Pair:
@@ -87,8 +94,10 @@ def _source(data: Path | None) -> Path:
 
 
 @lru_cache(maxsize=1)
-def diamonds(path: Path) -> Pair:
-    """(n, 9) standardized attributes and (n,) standardized log price, shuffled."""
+def diamonds(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, 9) standardized attributes, (n,) standardized log price, both shuffled, and
+    (n,) whether a stone's three sides can be right.
+    """
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             text = wheel.read("plotnine/data/diamonds.csv").decode()
@@ -107,4 +116,6 @@ def diamonds(path: Path) -> Pair:
     y = torch.tensor([float(r["price"]) for r in rows]).log()
     order = torch.randperm(len(x), generator=batch_generator(-2, 0))
     x, y = x[order], y[order]
-    return (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    sides = x[:, [_NUMBERS.index(side) for side in ("x", "y", "z")]]
+    possible = ((sides > 0.0) & (sides <= LONGEST_MM)).all(1)
+    return (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std(), possible

@@ -335,3 +335,22 @@ def test_sizes_hold_what_their_names_say():
     assert 4.5e6 < small < 5.2e6
     # The byte vocabulary saves GPT-2's 38 million embedding weights.
     assert 8.4e7 < large < 8.7e7
+
+
+@pytest.mark.parametrize("side", ["0", "58.9"])
+def test_stones_with_impossible_sides_are_trained_on_but_not_judged_by(tmp_path, side):
+    rows = CSV.splitlines()
+    spoilt = [f"{row.rsplit(',', 1)[0]},{side}" for row in rows[1::2]]
+    kept = [row for pair in zip(spoilt, rows[2::2], strict=True) for row in pair]
+    path = tmp_path / "diamonds.csv"
+    path.write_text("\n".join([rows[0], *kept]))
+    x, y, possible = tabular.diamonds(path)
+    assert len(x) == len(y) == 400
+    assert int(possible.sum()) == 200
+    task = tabular.make(Setting(data=tmp_path))
+    held = torch.arange(400) % 5 == 0
+    assert len(task.batch(0)[0]) == 320  # a batch is all that are trained on
+    chosen = held & possible
+    with torch.no_grad():
+        said = task.model(x[chosen]).squeeze(1)
+    assert task.evaluate() == pytest.approx(float((said - y[chosen]).square().mean()))
