@@ -24,7 +24,15 @@ from torch import Tensor
 from hybridopt.config import LeadConfig
 from hybridopt.dynamics.lead import LeadLength
 from hybridopt.protocols import Ops
-from hybridopt.weights.ahead import leads, measure, measure_on_host, put_ahead, remember
+from hybridopt.weights.ahead import (
+    Part,
+    leads,
+    measure,
+    measure_on_host,
+    put_ahead,
+    remember,
+    sample,
+)
 from hybridopt.weights.buckets import Bucket
 from hybridopt.weights.reading import PendingReading
 
@@ -61,10 +69,14 @@ class Lead:
         self._known = 0
         """How many of the last two displacements are kept."""
         self._side = 0
+        self._sampled = False
+        """Whether they are those of a sample of the weights only."""
+        self._turn = 0
+        """Of the sample; the next one with each measurement."""
         self._reading: PendingReading | Tensor | None = None
         """Numbers on their way to the host; on the CPU none ever are."""
         self._before: list[list[Tensor]] = []
-        self._buckets: Sequence[Bucket] = ()
+        self._buckets: Sequence[Bucket | Part] = ()
 
     def begin(
         self, ops: Ops, buckets: Callable[[], Sequence[Bucket]], *, asleep: bool
@@ -92,14 +104,20 @@ class Lead:
         if not leads(found):
             self.drop()
             return False
+        on_host = all([b.on_host for b in found])
         if measures:
-            self._measure(ops, found)
+            self._measure(ops, found, on_host)
             if not self._keeps(interval):
                 self._known = 0
+                self._turn += 1
                 return False
-        self._buckets = found
+        sampled = on_host and self._lead() <= 0.0 and self.made <= 0.0
+        if self._sampled and not sampled:
+            self._known = 0  # of the other weights nothing is kept
+        self._sampled = sampled
+        self._buckets = sample(found, self._turn) if sampled else found
         with torch.no_grad():
-            self._before = remember(found, self._side)
+            self._before = remember(self._buckets, self._side)
         # Should the base fail now, the older displacement is lost.
         self._known = min(self._known, 1)
         return True
@@ -144,10 +162,11 @@ class Lead:
     def _due(self, ahead: int, interval: int) -> bool:
         return (self.steps + ahead) % interval == 0
 
-    def _measure(self, ops: Ops, buckets: Sequence[Bucket]) -> None:
+    def _measure(self, ops: Ops, buckets: Sequence[Bucket], on_host: bool) -> None:
         self._settle()
-        if all([b.on_host for b in buckets]):
-            self.length.learn(measure_on_host(buckets, self._side))
+        if on_host:
+            parts = sample(buckets, self._turn) if self._sampled else buckets
+            self.length.learn(measure_on_host(parts, self._side))
         else:
             self._reading = measure(ops, buckets, self._side)
 
@@ -173,6 +192,8 @@ class Lead:
             "made": self.made,
             "known": self._known,
             "side": self._side,
+            "sampled": self._sampled,
+            "turn": self._turn,
             "reading": None if self._reading is None else self._numbers(),
         }
 
@@ -182,4 +203,6 @@ class Lead:
         self.steps, self.made = int(state["steps"]), float(state["made"])
         self.idle_steps = int(state["idle_steps"])
         self._known, self._side = int(state["known"]), int(state["side"])
+        self._sampled = bool(state.get("sampled", False))
+        self._turn = int(state.get("turn", 0))
         self._reading = state["reading"]

@@ -56,7 +56,11 @@ def make(setting: Setting) -> BatchTask[Pair]:
             nn.GELU(),
             nn.Linear(width, 1),
         ).to(setting.device)
-    train_x, train_y, held_x, held_y = x[~held], y[~held], *(t[held & possible] for t in (x, y))
+    train_x, train_y, held_x, held_y = (
+        x[~held],
+        y[~held],
+        *(t[held & possible] for t in (x, y)),
+    )
     order = EpochOrder(len(train_x), min(512, len(train_x)), setting.seed)
 
     def rows(index: int) -> Pair:

@@ -20,7 +20,8 @@ class LossLevel:
     With n new losses, m of the lowest window and U the number of pairs in which the
     new one is higher (ties count half),
 
-        z = (U - n m / 2) / sqrt(n m (n + m + 1) / 12),    calm = clip((3 - z) / 2, 0, 1).
+        z = (U - n m / 2) / sqrt(n m (n + m + 1) / 12),
+        calm = clip((3 - z) / 2, 0, 1).
 
     Ranks, because where steps become unstable single losses jump: these raise a mean's
     standard error as much as the mean. A window with z < 0 is the new lowest one.

@@ -7,6 +7,7 @@ lists that swap roles from step to step: ``side`` tells which holds the newest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,59 @@ from hybridopt.protocols import Ops
 from hybridopt.weights.buckets import Bucket
 from hybridopt.weights.reading import PendingReading
 
-__all__ = ["leads", "measure", "measure_on_host", "put_ahead", "remember"]
+__all__ = [
+    "Part",
+    "leads",
+    "measure",
+    "measure_on_host",
+    "put_ahead",
+    "remember",
+    "sample",
+]
+
+LARGE = 1 << 14
+"""Weights of a tensor of which a share of the rows is enough to look at."""
+SHARES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a bucket's tensors; views."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    leads: tuple[list[Tensor], list[Tensor]]
+
+
+def sample(buckets: Sequence[Bucket], turn: int) -> list[Part]:
+    """An eighth of the rows of every large tensor, another eighth at every turn.
+
+    Gradients in row blocks are as good a sample of a cosine between vectors of a
+    million weights, and a pass over them costs an eighth.
+    """
+    return [_sampled(bucket, turn) for bucket in buckets]
+
+
+def _sampled(bucket: Bucket, turn: int) -> Part:
+    spans = [_span(p, turn) for p in bucket.parameters]
+
+    def rows(tensors: list[Tensor]) -> list[Tensor]:
+        if not tensors:
+            return []
+        pairs = zip(tensors, spans, strict=True)
+        return [t if span is None else t[span] for t, span in pairs]
+
+    older, newer = bucket.leads
+    return Part(
+        rows(bucket.parameters), rows(bucket.gradients), (rows(older), rows(newer))
+    )
+
+
+def _span(tensor: Tensor, turn: int) -> slice | None:
+    if tensor.numel() < LARGE or tensor.shape[0] < SHARES:
+        return None
+    turn, rows = turn % SHARES, tensor.shape[0]
+    return slice(rows * turn // SHARES, rows * (turn + 1) // SHARES)
 
 
 def leads(buckets: Sequence[Bucket]) -> bool:
@@ -44,7 +97,7 @@ FEW_WEIGHTS = 1 << 20
 """Up to which all tensors together are one vector: a call costs more than its sums."""
 
 
-def measure_on_host(buckets: Sequence[Bucket], side: int) -> Tensor:
+def measure_on_host(buckets: Sequence[Bucket | Part], side: int) -> Tensor:
     """(1, 4) of all CPU buckets together: ||g||^2, -<g, s>, -<g, p>, ||s||^2."""
     sums = [0.0] * 4
     for bucket in buckets:
@@ -62,7 +115,7 @@ def measure_on_host(buckets: Sequence[Bucket], side: int) -> Tensor:
     return torch.tensor([sums], dtype=torch.float64)
 
 
-def remember(buckets: Sequence[Bucket], side: int) -> list[list[Tensor]]:
+def remember(buckets: Sequence[Bucket | Part], side: int) -> list[list[Tensor]]:
     """The weights that the base is about to move, per bucket.
 
     Where precisions agree they take the older displacement's place.
@@ -79,7 +132,7 @@ def remember(buckets: Sequence[Bucket], side: int) -> list[list[Tensor]]:
 
 
 def put_ahead(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[Bucket | Part],
     before: Sequence[list[Tensor]],
     side: int,
     lead: float,

@@ -35,7 +35,9 @@ def test_calm_follows_its_literal_twin(shift, sizes):
 
 
 def test_by_chance_alone_the_loss_seldom_counts_as_risen():
-    risen = [_after(_noisy(1.0, 2 * i), _noisy(1.0, 2 * i + 1)).calm for i in range(400)]
+    risen = [
+        _after(_noisy(1.0, 2 * i), _noisy(1.0, 2 * i + 1)).calm for i in range(400)
+    ]
     share = sum(c < 1.0 for c in risen) / len(risen)
     # One standard error above the mean, or further: 16 % of a normal distribution.
     assert share == pytest.approx(1.0 - NormalDist().cdf(1.0), abs=0.05)

@@ -20,6 +20,7 @@ from hybridopt.config import (
 )
 from hybridopt.moving import _may_lead
 from hybridopt.run import Components
+from hybridopt.weights import ahead
 from hybridopt.weights.buckets import LEAD_KEYS
 from hybridopt.weights.tensors import HybridTensors
 from tests.problems import assert_same_bits, regression, train, train_bare
@@ -32,6 +33,15 @@ RATE = 0.05
 def _soon(monkeypatch):
     # Where the lead alone moves weights, the optimizer soon sleeps.
     monkeypatch.setattr(leading, "ASLEEP_INTERVAL_STEPS", leading.INTERVAL_STEPS)
+
+
+@pytest.fixture(params=["whole", "sampled"])
+def looks(request, monkeypatch):
+    """Whether all weights are looked at without a lead, or some rows."""
+    if request.param == "sampled":
+        monkeypatch.setattr(ahead, "LARGE", 1)
+        monkeypatch.setattr(ahead, "SHARES", 2)
+    return request.param
 
 
 def _build(problem, *, waits=True, base=None, **overrides):
@@ -70,7 +80,7 @@ def _until_ahead(problem, opt, least=0.3):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lead_alone_ends_lower_than_the_bare_base(seed):
+def test_lead_alone_ends_lower_than_the_bare_base(looks, seed):
     problem = regression(seed=seed)
     twin = problem.twin()
     opt = _build(problem, **_alone())
@@ -114,7 +124,7 @@ def test_fixed_lead_is_quasi_hyperbolic_momentum():
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_leads_do_not_add_up(waits):
+def test_leads_do_not_add_up(looks, waits):
     # Gradients that do not depend on the weights: once the lead is taken back, the
     # weights are the bare base's, whatever the leads in between were.
     problem = regression()
@@ -138,7 +148,7 @@ def test_leads_do_not_add_up(waits):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_resume_while_ahead_equals_uninterrupted(waits, tmp_path):
+def test_resume_while_ahead_equals_uninterrupted(looks, waits, tmp_path):
     problem = regression()
     opt = _build(problem, waits=waits)
     step = _until_ahead(problem, opt)
@@ -177,6 +187,48 @@ def test_step_that_does_not_happen_leaves_weights_and_lead(waits, bad):
         assert optimizer.run.lead.made == 0.0, each
     for p, q in zip(problem.weights(), twin.weights(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_looks_measure_the_rows_whose_turn_it_is(looks, turns, monkeypatch):
+    problem = regression()
+    opt = _build(problem, **_alone())
+    seen = []
+    opt.run.lead.length.learn = lambda statistics: seen.append(statistics)
+    trail = []
+    for step in range(200):
+        train(problem, opt, 1, start=step)
+        trail.append((problem.weights(), [p.grad for p in problem.model.parameters()]))
+        if len(seen) == turns:
+            break
+    (old, _), (mid, _), (new, _) = trail[-4:-1]
+    gradients = trail[-1][1]
+    shares = ahead.SHARES if looks == "sampled" else 1
+    sums = torch.zeros(4, dtype=torch.float64)
+    for a, b, c, gradient in zip(old, mid, new, gradients, strict=True):
+        # Tensors as small as these are kept as vectors.
+        turn, size = (turns - 1) % shares, a.numel()
+        own = slice(size * turn // shares, size * (turn + 1) // shares)
+        whole = (c - b, b - a, gradient)
+        s, p, g = (t.double().flatten()[own if size > 1 else ...] for t in whole)
+        sums += torch.stack([g @ g, -(g @ s), -(g @ p), s @ s])
+    assert torch.allclose(seen[-1].sum(0), sums, rtol=1e-3, atol=1e-7)
+
+
+def test_checkpoint_between_two_looks_goes_on_bit_for_bit(looks, tmp_path):
+    problem = regression()
+    opt = _build(problem, **_alone())
+    train(problem, opt, 9)
+    for step in range(9, 17):
+        torch.save(opt.state_dict(), tmp_path / "opt.pt")
+        twin = problem.twin()
+        other = _build(twin, **_alone())
+        other.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+        again = copy.deepcopy((problem, opt))
+        assert train(*again, 60, start=step) == train(twin, other, 60, start=step)
+        lengths = [o.run.lead.length.state_dict() for o in (again[1], other)]
+        assert lengths[0] == lengths[1]
+        train(problem, opt, 1, start=step)
 
 
 def test_base_that_fails_costs_the_older_displacement_and_no_more():
