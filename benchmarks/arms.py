@@ -243,6 +243,10 @@ def _ablation(kind: str) -> Any:
             return config.ResidualConfig(enabled=True, rank=2)
         case "no drift":
             return config.DriftConfig(enabled=False)
+        case "no held rates":
+            return config.DriftConfig(hold=0.0)
+        case "no lead":
+            return config.LeadConfig(enabled=False)
         case "no secant":
             return config.SecantConfig(enabled=False)
         case "frozen gains":
@@ -318,6 +322,8 @@ ABLATIONS = (
     _hybrid_arm("gain-16", "gain", "at most 16"),
     _hybrid_arm("alone", "gain", "alone too"),
     _hybrid_arm("no-drift", "drift", "no drift"),
+    _hybrid_arm("no-hold", "drift", "no held rates"),
+    _hybrid_arm("no-lead", "lead", "no lead"),
     _hybrid_arm("no-secant", "secant", "no secant"),
     _moments_arm("shrink"),
     _moments_arm("advance"),
