@@ -6,10 +6,14 @@ import math
 from bisect import bisect_left, bisect_right
 from typing import Any
 
+from hybridopt.history import Window
+
 __all__ = ["LossLevel"]
 
 FEWEST = 8
 """Losses per window below which ranks say nothing; they wait for the next window's."""
+MOST = 256
+"""Losses kept per window, the newest; while secant moves are made no window ends."""
 RISEN = (1.0, 3.0)
 """Standard errors above the lowest window between which ``calm`` falls from 1 to 0."""
 
@@ -24,7 +28,8 @@ class LossLevel:
         calm = clip((3 - z) / 2, 0, 1).
 
     Ranks, because where steps become unstable single losses jump: these raise a mean's
-    standard error as much as the mean. A window with z < 0 is the new lowest one.
+    standard error as much as the mean. A window with z < 0 is the new lowest one. Where
+    the loss is higher for good (new data), no rate is held until it is back.
 
     Source: Mann and Whitney 1947, "On a test of whether one of two random variables is
     stochastically larger than the other".
@@ -33,20 +38,20 @@ class LossLevel:
     def __init__(self) -> None:
         self.calm = 1.0
         """1 where the loss is at its lowest, 0 where it has plainly risen."""
-        self._newest: list[float] = []
+        self._newest = Window(MOST)
         self._lowest: list[float] = []
         """In ascending order."""
 
     def add(self, loss: float) -> None:
         """Take in one real step's loss; ignored where it is not finite."""
-        if math.isfinite(loss):
-            self._newest.append(loss)
+        self._newest.add(loss)
 
     def close(self) -> None:
         """End a window: compare, and begin the next."""
         if len(self._newest) < FEWEST:
             return
-        newest, self._newest = sorted(self._newest), []
+        newest = sorted(self._newest.values)
+        self._newest.clear()
         if not self._lowest:
             self._lowest = newest
             return
@@ -60,14 +65,14 @@ class LossLevel:
         """What was said last, and the losses of both windows."""
         return {
             "calm": self.calm,
-            "newest": list(self._newest),
+            "newest": self._newest.state_dict(),
             "lowest": list(self._lowest),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.calm = float(state["calm"])
-        self._newest = [float(x) for x in state["newest"]]
+        self._newest.load_state_dict(state["newest"])
         self._lowest = [float(x) for x in state["lowest"]]
 
 

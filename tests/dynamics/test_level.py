@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import pytest
 
-from hybridopt.dynamics.level import FEWEST, LossLevel
+from hybridopt.dynamics.level import FEWEST, MOST, LossLevel
 
 
 def _after(*windows):
@@ -75,6 +75,15 @@ def test_too_few_losses_wait_for_the_next_window():
     level.add(2.0)
     level.close()
     assert level.calm == 0.0
+
+
+def test_a_window_without_end_keeps_only_its_newest_losses():
+    endless = [9.0] * 10_000 + [1.0] * MOST
+    level = _after(_noisy(2.0, 1), endless)
+    assert level.calm == 1.0  # those at 9 are forgotten
+    for loss in [5.0] * 10_000:
+        level.add(loss)
+    assert len(level.state_dict()["newest"]["values"]) == MOST
 
 
 def test_state_goes_on_where_it_was():
