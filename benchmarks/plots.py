@@ -104,11 +104,14 @@ def _leave_out_of_sight(axes: Any, result: CaseResult) -> None:
 
 def _plain_ticks(axis: Any) -> None:
     """1, 2, 5, 10, ... in plain digits: powers of ten, where an axis spans two decades,
-    leave it without a number or write them into each other.
+    leave it without a number or write them into each other. Powers of ten alone where
+    it spans more than three decades, which have no room for the others.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    first, last = axis.get_view_interval()
+    between = (1.0,) if last > 1e3 * first > 0.0 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=between))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -128,6 +131,9 @@ def _styles(results: Sequence[CaseResult]) -> dict[str, dict[str, Any]]:
         line = "-" if i < len(_COLOURS) else ":"
         color = _COLOURS[i % len(_COLOURS)]
         special[arm] = {"color": color, "linewidth": 1.0, "linestyle": line}
+        if i >= len(_COLOURS):
+            # One point shows no line style.
+            special[arm]["marker"] = "D"
     return special
 
 
@@ -141,8 +147,10 @@ def _draw(axes: Any, result: CaseResult, amount: int, styles: dict[str, Any]) ->
             line = _course(min(runs, key=lambda r: r.seed), amount)
         else:
             line = _ends(runs, amount)
-        marker = "" if result.mode == "target" else "o"
-        axes.plot(*line, label=arm, marker=marker, markersize=4, **style)
+        marked = {"marker": "o", **style, "markersize": 4}
+        if result.mode == "target":
+            marked["marker"] = ""
+        axes.plot(*line, label=arm, **marked)
 
 
 def _course(run: Run, amount: int) -> tuple[list[float], list[float]]:
