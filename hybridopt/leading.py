@@ -105,7 +105,8 @@ class Lead:
             self.drop()
             return False
         on_host = all([b.on_host for b in found])
-        if measures:
+        # A sample kept on the CPU says nothing where its checkpoint went on elsewhere.
+        if measures and (on_host or not self._sampled):
             self._measure(ops, found, on_host)
             if not self._keeps(interval):
                 self._known = 0

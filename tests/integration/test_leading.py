@@ -21,7 +21,7 @@ from hybridopt.config import (
 from hybridopt.moving import _may_lead
 from hybridopt.run import Components
 from hybridopt.weights import ahead
-from hybridopt.weights.buckets import LEAD_KEYS
+from hybridopt.weights.buckets import LEAD_KEYS, Bucket
 from hybridopt.weights.tensors import HybridTensors
 from tests.problems import assert_same_bits, regression, train, train_bare
 
@@ -229,6 +229,26 @@ def test_checkpoint_between_two_looks_goes_on_bit_for_bit(looks, tmp_path):
         lengths = [o.run.lead.length.state_dict() for o in (again[1], other)]
         assert lengths[0] == lengths[1]
         train(problem, opt, 1, start=step)
+
+
+def test_sample_kept_on_the_cpu_is_not_measured_elsewhere(monkeypatch):
+    monkeypatch.setattr(ahead, "LARGE", 1)
+    monkeypatch.setattr(ahead, "SHARES", 2)
+    problem = regression()
+    opt = _build(problem, **_alone())
+    train(problem, opt, 7)
+    lead = opt.run.lead
+    while not (lead._known == 2 and lead._due(1, leading.INTERVAL_STEPS)):
+        train(problem, opt, 1)
+    assert lead._sampled
+    monkeypatch.setattr(Bucket, "on_host", False)
+    measured = []
+    monkeypatch.setattr(lead, "_measure", lambda *arguments: measured.append(arguments))
+    train(problem, opt, 1)
+    assert measured == []
+    assert (lead._sampled, lead._known) == (False, 1)
+    train(problem, opt, 2 * leading.INTERVAL_STEPS)
+    assert measured
 
 
 def test_base_that_fails_costs_the_older_displacement_and_no_more():
