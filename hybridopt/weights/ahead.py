@@ -59,9 +59,9 @@ def _sampled(bucket: Bucket, turn: int) -> Part:
         pairs = zip(tensors, spans, strict=True)
         return [t if span is None else t[span] for t, span in pairs]
 
-    older, newer = bucket.leads
+    one, other = bucket.leads
     return Part(
-        rows(bucket.parameters), rows(bucket.gradients), (rows(older), rows(newer))
+        rows(bucket.parameters), rows(bucket.gradients), (rows(one), rows(other))
     )
 
 

@@ -190,7 +190,7 @@ def test_step_that_does_not_happen_leaves_weights_and_lead(waits, bad):
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-def test_looks_measure_the_rows_whose_turn_it_is(looks, turns, monkeypatch):
+def test_looks_measure_the_rows_whose_turn_it_is(looks, turns):
     problem = regression()
     opt = _build(problem, **_alone())
     seen = []
