@@ -62,6 +62,15 @@ def copy(o: Any) -> None:
     torch._foreach_copy_(o.anchor, o.theta)
 
 
+def lead(o: Any) -> None:
+    """Displacements widened, so that every foreach call takes its fast path."""
+    moved = torch._foreach_sub(o.anchor, o.theta)
+    torch._foreach_copy_(o.step, moved)
+    for direction, factor in ((o.step, -1e-3), (o.lag, 1e-3)):
+        torch._foreach_copy_(moved, direction)
+        torch._foreach_add_(o.theta, moved, alpha=factor)
+
+
 def adamw_and_apply(o: Any) -> None:
     """The fused AdamW of torch, then the move by foreach from the displacement."""
     steps = [torch.tensor(10.0, device=t.device) for t in o.theta[:1]] * len(o.theta)
@@ -93,5 +102,6 @@ TWINS: dict[str, dict[str, Any]] = {
     "advance": {"foreach": advance},
     "apply": {"foreach": apply},
     "copy": {"foreach": copy},
+    "lead": {"foreach": lead},
     "adamw+move": {"fused AdamW + foreach move": adamw_and_apply},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hybridopt.kernels.fused import AdamWStep, BaseTensors, fused_move
 from hybridopt.protocols import Ops
+from hybridopt.weights.ahead import put_ahead
 
 DEVICE = torch.device("cuda", 0)
 HYPER = AdamWStep(1e-4, 0.9, 0.999, 1e-8, 0.1, 10)
@@ -75,6 +77,7 @@ def cases(ops: Ops) -> dict[str, Callable[[Operands], object]]:
         ),
         "apply": lambda o: ops.apply(o.theta, [o.step, o.lag], o.coefficients, 1e-3),
         "copy": lambda o: ops.copy(o.theta, o.anchor),
+        "lead": lambda o: _lead(ops, o),
         "adamw+move": lambda o: fused_move(
             ops,
             BaseTensors(o.theta, o.gradient, o.first, o.second, [o.lag]),
@@ -85,6 +88,11 @@ def cases(ops: Ops) -> dict[str, Callable[[Operands], object]]:
     }
 
 
+def _lead(ops: Ops, o: Operands) -> None:
+    bucket = SimpleNamespace(parameters=o.theta, leads=(o.lag, o.step))
+    put_ahead(ops, [bucket], [o.anchor], 0, 1e-3, 1e-3)  # type: ignore[list-item]
+
+
 def traffic(kernel: str, dtype: torch.dtype) -> int:
     """Bytes per weight that a kernel moves; directions are bf16 (2 bytes)."""
     p = dtype.itemsize
@@ -93,6 +101,7 @@ def traffic(kernel: str, dtype: torch.dtype) -> int:
         "advance": 4 * p + 6,  # reads theta g anchor v, writes anchor s v
         "apply": 2 * (p + 4) + p,  # judge reads, commit reads and writes
         "copy": 2 * p,
+        "lead": 3 * p + 4,  # reads theta before p, writes theta s
         "adamw+move": 7 * p + 2,  # reads theta g m v b, writes theta m v
     }[kernel]
 

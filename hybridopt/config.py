@@ -104,9 +104,9 @@ class LeadConfig(Checked, frozen=True, kw_only=True):
 
     enabled: bool = True
     """Whether weights are put ahead at all."""
-    on_gpu: bool = False
-    """Whether weights on a GPU are put ahead too: there its passes are not fused yet,
-    and take longer than they save unless a step takes a tenth of a second or so."""
+    on_gpu: bool = True
+    """Whether weights on a GPU are put ahead too. Looking for a lead costs 1 to 2 % of
+    a step that waits for the host."""
     rate: NonNegative = 0.15
     """eta, largest change of the lead per measurement, in base steps. 0: no lead."""
     maximum: NonNegative = 4.0

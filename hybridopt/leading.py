@@ -46,6 +46,9 @@ IDLE_INTERVAL_STEPS = 16
 ASLEEP_INTERVAL_STEPS = 32
 """The same without a lead while the optimizer is asleep."""
 IDLE_STEPS = 128
+RARER_ON_DEVICE = 2
+"""Factor on all of them without a lead on a GPU, where looking takes the host longer
+than the card."""
 SHORTEST = 0.25
 """Base steps: a shorter lead is not worth its passes over the weights."""
 
@@ -79,7 +82,12 @@ class Lead:
         self._buckets: Sequence[Bucket | Part] = ()
 
     def begin(
-        self, ops: Ops, buckets: Callable[[], Sequence[Bucket]], *, asleep: bool
+        self,
+        ops: Ops,
+        buckets: Callable[[], Sequence[Bucket]],
+        *,
+        asleep: bool,
+        on_host: bool = True,
     ) -> bool:
         """Before the base's step, gradients being there: measure, keep the weights.
 
@@ -87,6 +95,7 @@ class Lead:
             ops: Measure.
             buckets: Looks the tracked ones up, if they are needed.
             asleep: Whether nothing else moves weights, so that little is measured.
+            on_host: Whether the first parameter is on the CPU.
 
         Returns:
             Whether ``end`` has something to do behind the step.
@@ -95,7 +104,7 @@ class Lead:
             return False
         self.steps += 1
         self.idle_steps = 0 if self.made > 0.0 else self.idle_steps + 1
-        interval = self._interval(asleep)
+        interval = self._interval(asleep, on_host)
         measures = self._known == 2 and self._due(0, interval)
         if not (measures or self._keeps(interval)):
             self._known = 0
@@ -123,15 +132,18 @@ class Lead:
         self._known = min(self._known, 1)
         return True
 
-    def end(self, skip: Tensor | None = None) -> None:
+    def end(self, ops: Ops, skip: Tensor | None = None) -> None:
         """Behind the base's step: take the old lead back and make the new one.
 
         Args:
+            ops: Move the weights.
             skip: 0-dim, 1.0 where the base skipped its step on the device.
         """
         lead = self._lead()
         with torch.no_grad():
-            put_ahead(self._buckets, self._before, self._side, lead, self.made, skip)
+            put_ahead(
+                ops, self._buckets, self._before, self._side, lead, self.made, skip
+            )
         self._side = 1 - self._side
         self._known += 1
         self.made = lead
@@ -145,12 +157,14 @@ class Lead:
         """Kappa from this step on."""
         return self.length.value if self.length.value >= SHORTEST else 0.0
 
-    def _interval(self, asleep: bool) -> int:
+    def _interval(self, asleep: bool, on_host: bool) -> int:
         if self._lead() > 0.0 or self.made > 0.0:
             return INTERVAL_STEPS
+        apart = 1 if on_host else RARER_ON_DEVICE
         if asleep:
-            return ASLEEP_INTERVAL_STEPS
-        return INTERVAL_STEPS if self.idle_steps <= IDLE_STEPS else IDLE_INTERVAL_STEPS
+            return ASLEEP_INTERVAL_STEPS * apart
+        idle = self.idle_steps > IDLE_STEPS
+        return (IDLE_INTERVAL_STEPS if idle else INTERVAL_STEPS) * apart
 
     def _keeps(self, interval: int) -> bool:
         """Whether this step's displacement is needed: for a lead, or as one of the two

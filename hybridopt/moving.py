@@ -82,6 +82,7 @@ def take_base_step(
         run.space.ops,
         run.space.tracked_buckets,
         asleep=run.controller.sleeps_deeply,
+        on_host=run.device.type == "cpu",
     )
     started = time.perf_counter()
     if skip is not None:
@@ -96,7 +97,7 @@ def take_base_step(
             del run.base.found_inf  # type: ignore[attr-defined]
     run.counters.base_s += time.perf_counter() - started
     if leading:
-        run.lead.end(skip)
+        run.lead.end(run.space.ops, skip)
     if dozes:
         run.space.doze(windows=run.controller.coasting, due=turning)
     elif ready and held:

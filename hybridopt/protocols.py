@@ -30,7 +30,7 @@ class Ops(Protocol):
     Lists have one tensor per parameter, in group order, all on one device; tensors may
     be empty, 0-dim or non-contiguous. Directions may have a lower precision than the
     parameters; arithmetic is float32 (float64 for float64 parameters). A backend may
-    also have ``advance_move`` (``CupyOps.advance_move``), which is then preferred.
+    also have ``advance_move`` and ``put_ahead`` (``CupyOps``), then preferred.
     """
 
     name: str

@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -128,8 +129,8 @@ class Run:
     secant_off: bool = False
     """Whether the loss turned out too noisy for secant moves."""
     started_s: float = 0.0
-    known_rates: tuple[Any, Tensor, float] | None = None
-    """What ``rates`` was made from, its result, and the largest of them."""
+    known_rates: tuple[Any, Tensor] | None = None
+    """What ``rates`` was made from, and its result."""
 
     def adopt(self, other: Run) -> None:
         """Become ``other``; whoever holds this object sees the new run."""
@@ -150,13 +151,6 @@ class Run:
 
     def rates(self) -> Tensor:
         """(L,) learning rate of every trainable parameter, now; not to be changed."""
-        return self._known_rates()[1]
-
-    def top_rate(self) -> float:
-        """The largest of ``rates``; nan if one of them is, 0 if there are none."""
-        return self._known_rates()[2]
-
-    def _known_rates(self) -> tuple[Any, Tensor, float]:
         groups = self.base.param_groups
         key: list[Any] = [len(self.space.parameters())]
         key += [(len(g["params"]), float(g["lr"])) for g in groups]
@@ -164,10 +158,20 @@ class Run:
             values = [
                 float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad
             ]
-            rates = torch.tensor(values, dtype=torch.float64)
-            top = float(rates.max()) if values else 0.0
-            self.known_rates = (key, rates, top)
-        return self.known_rates
+            self.known_rates = (key, torch.tensor(values, dtype=torch.float64))
+        return self.known_rates[1]
+
+    def top_rate(self) -> float:
+        """The largest of ``rates``; nan if one of them is, 0 if there are none.
+
+        Asked for at every step, where a tensor would cost more than all the rest.
+        """
+        used = [
+            float(g["lr"])
+            for g in self.base.param_groups
+            if any(p.requires_grad for p in g["params"])
+        ]
+        return math.nan if any(map(math.isnan, used)) else max(used, default=0.0)
 
     # -- buffers -------------------------------------------------------------------
 

@@ -11,9 +11,25 @@ from hybridopt.kernels.layout import FORMATS, pack_size
 
 __all__ = ["STREAMING", "UNROLL", "kernel_options", "kernel_source"]
 
-UNROLL = {"observe": 4, "advance": 4, "apply": 4, "copy": 4, "base": 4, "plan": 1}
+UNROLL = {
+    "observe": 4,
+    "advance": 4,
+    "apply": 4,
+    "copy": 4,
+    "lead": 4,
+    "base": 4,
+    "plan": 1,
+}
 """Packs in flight per thread, by kernel file (chosen by ``benchmarks.kernels``)."""
-STREAMING = {"observe": 1, "advance": 0, "apply": 1, "copy": 0, "base": 0, "plan": 0}
+STREAMING = {
+    "observe": 1,
+    "advance": 0,
+    "apply": 1,
+    "copy": 0,
+    "lead": 0,
+    "base": 0,
+    "plan": 0,
+}
 """1 where accesses are marked as read or written once, by kernel file."""
 
 
@@ -34,7 +50,8 @@ def kernel_options(
     Args:
         name: File in ``source`` without its suffix.
         roles: Formats of weights, gradients and directions, in this order.
-        directions: J; for ``advance`` 1 where it makes the move along s as well.
+        directions: J; for ``advance`` 1 where it makes the move along s as well, for
+            ``lead`` 1 where it moves weights at all.
         adamw: Which base ``base.cu`` is; the other files ignore it.
     """
     param, grad, basis = (FORMATS[r] for r in roles)

@@ -232,6 +232,41 @@ class CupyOps:
             run.sweep("copy", table, (0, 0, 1), (0,))
         _mark_written(target)
 
+    def put_ahead(
+        self,
+        parameters: Sequence[Tensor],
+        before: Sequence[Tensor],
+        older: Sequence[Tensor],
+        newest: Sequence[Tensor],
+        lead: float,
+        made: float,
+        skip: Tensor | None,
+    ) -> bool:
+        """``weights.ahead.put_ahead`` of one bucket, in one pass.
+
+        Returns:
+            False if the kernels do not serve these tensors; then nothing was written.
+
+        Cost: reads theta, the weights before the step and the older displacement,
+        writes theta and the newest one (fp32 weights, bf16 displacements: 16 bytes per
+        weight; 10 without a lead); one launch.
+        """
+        run = self.launcher
+        lists = [parameters, before, older, newest]
+        moves = lead > 0.0 or made > 0.0
+        with run.on_stream() as stream:
+            table = run.table(stream, lists, ((0, 1), (2, 3)))
+            if table is None:
+                return False
+            stays = None if skip is None else skip.to(self.device, torch.float32)
+            flag = 0 if stays is None else stays.data_ptr()
+            args = (run.number(lead), run.number(made), flag)
+            run.sweep("lead", table, (0, 0, 2), (int(moves),), *args)
+        _mark_written(newest)
+        if moves:
+            _mark_written(parameters)
+        return True
+
     def base_move(
         self, tensors: BaseTensors, step: BaseStep, coefficients: Tensor, scale: float
     ) -> bool:

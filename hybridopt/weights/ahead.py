@@ -118,7 +118,9 @@ def measure_on_host(buckets: Sequence[Bucket | Part], side: int) -> Tensor:
 def remember(buckets: Sequence[Bucket | Part], side: int) -> list[list[Tensor]]:
     """The weights that the base is about to move, per bucket.
 
-    Where precisions agree they take the older displacement's place.
+    Where precisions agree they take the older displacement's place. (The anchor will
+    not do: somebody else may have written weights since it was set, and what is ahead
+    by multiplies.)
     """
     kept = []
     for bucket in buckets:
@@ -127,11 +129,13 @@ def remember(buckets: Sequence[Bucket | Part], side: int) -> list[list[Tensor]]:
             torch._foreach_copy_(older, bucket.parameters)
             kept.append(older)
         else:
-            kept.append([p.detach().clone() for p in bucket.parameters])
+            # A copy bit by bit in one launch.
+            kept.append(list(torch._foreach_mul(bucket.parameters, 1.0)))
     return kept
 
 
 def put_ahead(
+    ops: Ops,
     buckets: Sequence[Bucket | Part],
     before: Sequence[list[Tensor]],
     side: int,
@@ -145,6 +149,7 @@ def put_ahead(
     the two displacements is s afterwards.
 
     Args:
+        ops: Does it in one pass if it can.
         buckets: All of them tracked.
         before: What ``remember`` returned before that step.
         side: Of p.
@@ -154,8 +159,12 @@ def put_ahead(
             and where ``lead`` is positive, s is what the weights are ahead by over
             ``lead``.
     """
+    kernel = getattr(ops, "put_ahead", None)
     for bucket, weights in zip(buckets, before, strict=True):
         newest, older = bucket.leads[1 - side], bucket.leads[side]
+        lists = (bucket.parameters, weights, older, newest)
+        if kernel is not None and kernel(*lists, lead, made, skip):
+            continue
         torch._foreach_sub_(weights, bucket.parameters)
         if weights is not newest:
             torch._foreach_copy_(newest, weights)

@@ -213,8 +213,8 @@ def test_resume_while_ahead_on_the_device_equals_uninterrupted(name):
     assert trained.opt.statistics()["lead"] == other.opt.statistics()["lead"]
 
 
-def test_no_lead_on_the_device_unless_it_is_asked_for():
-    trained = Trained()
+def test_no_lead_on_the_device_where_it_is_not_wanted():
+    trained = Trained(lead=LeadConfig(on_gpu=False))
     trained.run(60)
     assert trained.opt.statistics()["lead"] == 0.0
     state = trained.opt.state[next(trained.model.parameters())]

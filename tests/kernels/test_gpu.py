@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import structlog
@@ -13,6 +14,7 @@ from hybridopt.kernels import select_ops
 from hybridopt.kernels.fused import AdamWStep, BaseTensors, fused_move
 from hybridopt.kernels.pinned import PinnedSnapshot
 from hybridopt.kernels.torch_ops import TorchOps
+from hybridopt.weights.ahead import put_ahead, remember
 from tests.kernels import twin
 
 pytestmark = [
@@ -95,6 +97,24 @@ def test_advance_move_equals_advance_and_apply(ops, kernels_only, params, basis)
     for ours, want in zip(*results, strict=True):
         assert torch.equal(ours, want)
     assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("basis", [F32, BF16])
+@pytest.mark.parametrize(("lead", "made"), [(0, 0), (0, 1.7), (0.3, 0), (2.5, 1.7)])
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_parity_lead(ops, kernels_only, basis, lead, made, skip):
+    results = []
+    for backend in (ops, REFERENCE):
+        theta, older, newest = make([F32], 1), make([basis], 3), make([basis], 4)
+        bucket = SimpleNamespace(parameters=theta, leads=(older, newest))
+        before = remember([bucket], 0)
+        if not skip:
+            torch._foreach_add_(theta, make([F32], 5))
+        flag = None if skip is None else torch.tensor(skip, device="cuda")
+        put_ahead(backend, [bucket], before, 0, lead, made, flag)
+        results.append([*theta, *older, *newest])
+    for ours, want in zip(*results, strict=True):
+        close(ours, want, step_tolerance(ours.dtype))
 
 
 @pytest.mark.parametrize("params", twin.FLOATS)

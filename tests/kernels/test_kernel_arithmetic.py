@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybridopt.kernels.fused import AdamWStep, BaseTensors, SGDStep, fused_move
 from hybridopt.kernels.torch_ops import TorchOps
+from hybridopt.weights.ahead import put_ahead
 from tests.kernels import twin
 from tests.kernels.host import COMPILER, host_ops
 
@@ -98,6 +100,38 @@ def test_advance_move_kernel_leaves_a_weight_that_would_overflow(ops):
     ops.advance_move(theta, g, anchor, s, v, 0.9, torch.tensor([2.0]))
     assert theta[0].tolist() == torch.tensor([2.0, 3e38, -3e38] * 3).tolist()
     assert torch.equal(anchor[0], theta[0])
+
+
+@pytest.mark.parametrize("basis", [F32, BF16])
+@pytest.mark.parametrize(("lead", "made"), [(0, 0), (0, 1.7), (0.3, 0), (2.5, 1.7)])
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_lead_kernel_equals_the_reference(ops, basis, lead, made, skip):
+    results = []
+    for backend in (ops, REFERENCE):
+        theta = twin.tensors(SHAPES, [F32], 1)
+        older, newest = (twin.tensors(SHAPES, [basis], i) for i in (3, 4))
+        # A skipped step has left the weights as they were.
+        before = [t.clone() for t in theta] if skip else twin.tensors(SHAPES, [F32], 2)
+        if basis is F32:
+            newest = before
+        bucket = SimpleNamespace(parameters=theta, leads=(older, newest))
+        flag = None if skip is None else torch.tensor(skip)
+        put_ahead(backend, [bucket], [before], 0, lead, made, flag)
+        results.append([*theta, *older, *newest])
+    for ours, want in zip(*results, strict=True):
+        assert_close(ours, want, 1e-6 if ours.dtype == F32 else 1e-2)
+
+
+def test_lead_kernel_takes_back_what_it_added_to_the_last_bit(ops):
+    # Powers of two: sums are exact, so only a product that differs could show.
+    theta = [torch.zeros(65)]
+    older, newest = [torch.zeros(65, dtype=BF16)], twin.tensors([(65,)], [BF16], 4)
+    bucket = SimpleNamespace(parameters=theta, leads=(older, newest))
+    before = twin.tensors([(65,)], [F32], 2)
+    put_ahead(ops, [bucket], [before], 0, 1.3, 0.0)
+    assert bool(theta[0].all())
+    put_ahead(ops, [bucket], [[t.clone() for t in theta]], 1, 0.0, 1.3)
+    assert not theta[0].any()
 
 
 @pytest.mark.parametrize(("params", "_grads", "basis"), FORMATS)

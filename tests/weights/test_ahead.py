@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hybridopt.kernels.torch_ops import TorchOps
 from hybridopt.weights.ahead import LARGE, SHARES, put_ahead, remember, sample
 
 SHAPES = ((300, 200), (64, 32, 3, 3), (16, 1024), (5, 9000), (40,), ())
@@ -62,8 +63,8 @@ def test_displacements_of_sampled_rows_are_those_of_the_whole(last):
     for p, q in zip(whole.parameters, rows.parameters, strict=True):
         p.copy_(torch.randn(p.shape))
         q.copy_(p)
-    put_ahead([whole], before, 0, 0.0, 0.0)
-    put_ahead([part], kept, 0, 0.0, 0.0)
+    put_ahead(TorchOps(), [whole], before, 0, 0.0, 0.0)
+    put_ahead(TorchOps(), [part], kept, 0, 0.0, 0.0)
     (expected,) = sample([whole], 3)
     for found, wanted in zip(part.leads[1], expected.leads[1], strict=True):
         assert torch.equal(found, wanted)
