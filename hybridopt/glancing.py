@@ -1,7 +1,8 @@
-"""Real steps that are only glanced at: asleep or coasting, on one process, on the CPU.
+"""Real steps that are only glanced at: asleep or coasting, on one process.
 
 Where moves have not paid for long, measuring every step would cost more than they win.
-Most steps are then the base's own, behind one look at whether its input is finite.
+Most steps are then the base's own, behind one look at whether its input is finite: by
+the host on a CPU, and on a GPU by the device itself (``unseen.py``).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 from hybridopt.kernels.flat import dot, flat
 from hybridopt.run import Run
 from hybridopt.types import BASIS_SIZE, Observation
+from hybridopt.unseen import Look, find_non_finite
 from hybridopt.weights.local import local
 
-__all__ = ["Glance", "glance", "pass_by"]
+__all__ = ["Glance", "glance", "look_on_device", "pass_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Glance:
     """What one look at a real step shows."""
 
     loss: float
-    """nan when the user stepped without a closure."""
+    """nan when the user stepped without a closure, or it stays on the device."""
     gradient_norm: float
     rate: float
     """The step's largest learning rate."""
@@ -58,10 +60,52 @@ def glance(run: Run, loss: Tensor | float | None) -> Glance | None:
     return seen if finite and (loss is None or math.isfinite(value)) else None
 
 
-def pass_by(run: Run, seen: Glance) -> None:
+def look_on_device(run: Run, loss: Tensor | float | None) -> Look | None:
+    """Let the device find out whether loss and gradient are finite; None if the step
+    needs more than that.
+
+    More is needed where ``skips_on_device`` was not true of the step that was measured
+    last or gradients are of other parameters, and where every record is wanted with its
+    numbers.
+    """
+    if run.sink.active or run.collective.world_size > 1 or _watches_secant(run):
+        return None
+    if run.controller.plan.horizon > 0 or hasattr(run.base, "found_inf"):
+        return None
+    rate, device = run.top_rate(), run.device
+    found = [(p, p.grad) for p in run.space.parameters()]
+    parameters = [p for p, gradient in found if gradient is not None]
+    gradients = [gradient for _, gradient in found if gradient is not None]
+    if not (math.isfinite(rate) and gradients and run.unseen.expects(parameters)):
+        return None
+    if not all(map(_is_plain, gradients)):
+        return None
+    if isinstance(loss, Tensor) and loss.device == device:
+        loss = loss.detach().to(torch.float32, copy=True)
+        return Look(find_non_finite([*gradients, loss], device), loss, rate)
+    value = math.nan if loss is None else float(loss)
+    if loss is not None and not math.isfinite(value):
+        return None
+    return Look(find_non_finite(gradients, device), value, rate)
+
+
+def _is_plain(gradient: Tensor) -> bool:
+    return (
+        type(gradient) is Tensor
+        and gradient.layout is torch.strided
+        and gradient.is_floating_point()
+    )
+
+
+def pass_by(run: Run, seen: Glance, *, before_turn: bool = False) -> None:
     """Count a step that was only glanced at; the base has stepped.
 
     Coasting, the drift window has to know of it.
+
+    Args:
+        run: Changed.
+        seen: What is known of the step.
+        before_turn: Whether the drift window turns behind it.
     """
     run.counters.real_steps += 1
     rate = seen.rate
@@ -81,9 +125,10 @@ def pass_by(run: Run, seen: Glance) -> None:
                 slopes=nothing[:, 0],
                 partial=True,
                 drift_measured=False,
+                before_turn=before_turn,
             )
         )
-    run.controller.advance_real(rate)
+    run.controller.advance_real(rate, planned=run.controller.plan.horizon > 0)
     run.monitor.real_step()
     if math.isfinite(seen.loss):
         run.last_loss = seen.loss

@@ -22,10 +22,12 @@ __all__ = [
     "advance",
     "complete_record",
     "count_skip",
+    "count_unseen_skips",
     "digest",
     "largest",
     "learn",
     "settle",
+    "settle_unseen",
 ]
 
 
@@ -125,6 +127,7 @@ def settle(run: Run) -> tuple[Observation, Verdict] | None:
         return None
     complete_record(run)
     observation, verdict = _view(run, taken)
+    count_unseen_skips(run, taken.read().skips, before=taken.step)
     run.pending = None
     if not observation.finite:
         # The base left it out, so there was no displacement to move along either.
@@ -139,6 +142,7 @@ def settle(run: Run) -> tuple[Observation, Verdict] | None:
 
 def complete_record(run: Run) -> None:
     """Put the numbers of the last real step into its record; waits for them."""
+    run.last_step = run.unseen.completed(run.last_step)
     taken = run.pending
     if taken is None or taken.record is None:
         return
@@ -163,6 +167,23 @@ def count_skip(run: Run, observation: Observation, verdict: Verdict) -> None:
     """Count and report a step that did not happen."""
     run.counters.skipped_steps += 1
     events.step_skipped(observation.step, verdict.reason, run.counters.skipped_steps)
+
+
+def count_unseen_skips(run: Run, count: int, before: int) -> None:
+    """Count and report steps that did not happen, of which nobody was told."""
+    if count == 0:
+        return
+    run.counters.real_steps -= count
+    run.counters.skipped_steps += count
+    reason = f"{count} of the steps before were not finite"
+    events.step_skipped(before, reason, run.counters.skipped_steps)
+
+
+def settle_unseen(run: Run) -> None:
+    """Count the skips that no later numbers will tell of; waits for them."""
+    skips = run.unseen.take_skips()
+    if skips is not None:
+        count_unseen_skips(run, int(skips), before=run.counters.steps)
 
 
 def largest(rates: Tensor) -> float:

@@ -31,7 +31,7 @@ from hybridopt.closure import Closure, Evaluation, insists_on_call, require_call
 from hybridopt.config import HybridConfig
 from hybridopt.errors import ConfigError
 from hybridopt.gradients import has_gradients, has_work
-from hybridopt.measuring import complete_record, settle
+from hybridopt.measuring import complete_record, settle, settle_unseen
 from hybridopt.recording import record_step
 from hybridopt.run import Components, Run
 from hybridopt.statistics import summarize
@@ -205,7 +205,11 @@ class HybridPredictOptimizer(Optimizer):
         return self._run.last_step
 
     def statistics(self) -> dict[str, Any]:
-        """Totals and rates since the start; see ``hybridopt.statistics.summarize``."""
+        """Totals and rates since the start; see ``hybridopt.statistics.summarize``.
+
+        Where steps passed unseen on a device, asking waits for it.
+        """
+        settle_unseen(self._run)
         return summarize(self._run)
 
     def evaluation_weights(self, share: float = 0.5) -> AbstractContextManager[None]:
@@ -230,6 +234,7 @@ class HybridPredictOptimizer(Optimizer):
         """Stop predicting for good: from here on, exactly the base optimizer."""
         run = self._run
         settle(run)
+        settle_unseen(run)
         run.controller.after_rollback()
         run.enabled = False
 
@@ -283,6 +288,7 @@ class HybridPredictOptimizer(Optimizer):
         """
         run = self._run
         settle(run)
+        settle_unseen(run)
         self.base.add_param_group(param_group)
         fresh = self._assemble()
         fresh.counters, fresh.enabled = run.counters, run.enabled
@@ -321,6 +327,7 @@ class HybridPredictOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        settle_unseen(self._run)
         state = save_into(self._run)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)

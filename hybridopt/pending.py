@@ -55,6 +55,7 @@ class Pending:
             "statistics": reading.statistics,
             "loss": reading.loss,
             "slopes": reading.slopes,
+            "skips": reading.skips,
             "has_loss": self.has_loss,
             "rates": self.rates,
             "anchored": self.anchored,
@@ -70,6 +71,7 @@ class Pending:
             state["statistics"].to(torch.float64),
             float(state["loss"]),
             state["slopes"].to(torch.float64),
+            int(state.get("skips", 0)),
         )
         return cls(
             step=int(state["step"]),

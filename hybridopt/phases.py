@@ -3,8 +3,8 @@
 ``real_step`` serves Warmup, Full and the gradient form of Correct; ``predicted_step``
 is Predict; ``validated_step`` is the forward-only form of Correct; ``roll_back``
 undoes. Each leaves the plan for the next step. A step that may take something back is
-judged before any weight moves. Where nothing can be taken back, and the base skips bad
-steps on the device, a real step is judged one step late and waits for nothing.
+judged before any weight moves; where the base skips bad steps on the device and nothing
+can be taken back, a real step is judged one step late and waits for nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hybridopt import correcting, quasi_newton
 from hybridopt.closure import forward_only
 from hybridopt.distributed import release_unsharded
 from hybridopt.errors import RecoveryAction
-from hybridopt.glancing import Glance, glance, pass_by
+from hybridopt.glancing import Glance, glance, look_on_device, pass_by
 from hybridopt.measuring import advance, count_skip, digest, largest, learn, settle
 from hybridopt.moving import (
     Planned,
@@ -45,6 +45,7 @@ from hybridopt.types import (
     Verdict,
     step_column,
 )
+from hybridopt.unseen import Look
 from hybridopt.weights.averages import averages_gradients
 from hybridopt.weights.reading import PendingReading
 
@@ -70,6 +71,8 @@ class Done:
     action: RecoveryAction = RecoveryAction.CONTINUE
     complete: bool = True
     """False where loss, gradient norm and verdict are still on their way."""
+    look: Look | None = None
+    """Where they stay on the device unless somebody asks."""
 
 
 def real_step(
@@ -84,7 +87,10 @@ def real_step(
     run.settle()
     extent = _extent(run)
     if extent is Extent.GLANCE:
-        seen = glance(run, loss)
+        late = run.device.type in run.skips_on
+        seen = look_on_device(run, loss) if late else glance(run, loss)
+        if isinstance(seen, Look):
+            return _unseen_step(run, seen, step_base)
         if seen is not None:
             return _glanced_step(run, seen, step_base)
         extent = run.controller.extent_without_glances
@@ -176,7 +182,8 @@ def _unjudged_step(run: Run, taken: Pending, step_base: Callable[[], Any]) -> Do
     """
     assert isinstance(taken.reading, PendingReading)
     flag = taken.reading.non_finite(run.device)
-    taken.reading.send()
+    taken.reading.send(run.unseen.take_skips())
+    run.unseen.known = [p for p in run.space.parameters() if p.grad is not None]
     before = settle(run)
     taken.move, run.controller.move = run.controller.move, None
     planned = Planned()
@@ -205,6 +212,23 @@ def _glanced_step(run: Run, seen: Glance, step_base: Callable[[], Any]) -> Done:
         gradient_norm=seen.gradient_norm,
         learning_rate=seen.rate,
     )
+
+
+def _unseen_step(run: Run, look: Look, step_base: Callable[[], Any]) -> Done:
+    """The same on a GPU, unseen; the real step before may not be taken in yet."""
+    before = settle(run)
+    planned = Planned()
+    if before is not None:
+        planned = plan_move(run, *before, run.rates(), Extent.GLANCE)
+    turns = planned.forecast is not None
+    extent = Extent.TURN if turns else Extent.GLANCE
+    take_base_step(run, step_base, look.flag, extent=extent, final=True)
+    run.unseen.note(look)
+    pass_by(run, Glance(math.nan, math.nan, look.rate), before_turn=turns)
+    mover = begin_move(run, planned)
+    if not run.controller.plan.runs_backward:
+        run.mark_consumed()
+    return Done(mover, math.nan, learning_rate=look.rate, look=look)
 
 
 def predicted_step(run: Run) -> Done:
@@ -336,8 +360,7 @@ def _newton_retry(run: Run, observation: Observation, verdict: Verdict) -> Done:
 
 
 def _report_rollback(run: Run, reason: str) -> None:
-    counters = run.counters
-    events.rolled_back(counters.steps, reason, counters.rolled_back_steps)
+    events.rolled_back(run.counters.steps, reason, run.counters.rolled_back_steps)
 
 
 def _skip(run: Run, observation: Observation, verdict: Verdict) -> Done:

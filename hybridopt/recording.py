@@ -46,6 +46,7 @@ def record_step(run: Run, phase: Phase, arm: int, done: Done, busy_s: float) -> 
     )
     counters.steps += 1
     run.last_step = record
+    run.unseen.remember(record, done.look)
     if not done.complete:
         assert run.pending is not None
         run.pending.record = record

@@ -41,6 +41,7 @@ from hybridopt.protocols import (
 )
 from hybridopt.telemetry import MetricsSink
 from hybridopt.types import StepRecord
+from hybridopt.unseen import Unseen
 from hybridopt.weights import NoiseMeter, SecantMover, WeightSpace
 from hybridopt.weights.local import shard_share
 from hybridopt.weights.module_buffers import list_buffers
@@ -103,6 +104,7 @@ class Run:
     lead: Lead
     counters: Counters = field(default_factory=Counters)
     hold: RateHold = field(default_factory=RateHold)
+    unseen: Unseen = field(default_factory=Unseen)
     predictor_error: RunningMoments = field(
         default_factory=lambda: RunningMoments(0.95)
     )
@@ -310,6 +312,7 @@ class Run:
             "forward_form": self.forward_form,
             "hold": self.hold.state_dict(),
             "lead": self.lead.state_dict(),
+            "unseen": self.unseen.state_dict(self.space.parameters()),
             "buffers": [b.cpu() for b in self.buffers],
         }
 
@@ -359,6 +362,8 @@ class Run:
             self.hold.load_state_dict(state["hold"])
         if "lead" in state:
             self.lead.load_state_dict(state["lead"])
+        if "unseen" in state:
+            self.unseen.load_state_dict(state["unseen"], self.space.parameters())
         buffers = [] if self.model is None else list_buffers(self.model)
         kept = state["buffers"]
         self.buffers = (

@@ -26,7 +26,7 @@ ROWS = [
     ["kernels", "distributed"],
     ["weights"],
     ["control", "guard", "dynamics", "residuals", "telemetry", "pending"],
-    ["leading"],
+    ["leading", "unseen"],
     ["run"],
     ["assembly", "calling", "gradients"],
     ["quasi_newton", "correcting", "checkpoint", "statistics", "skipping"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class Reading:
     """Local loss; nan when there was none."""
     slopes: Tensor
     """(L,) float64 CPU: -<g, s> of the base step before this one."""
+    skips: int = 0
+    """Steps before this one that the base skipped unseen."""
 
 
 class PendingReading:
@@ -45,6 +48,7 @@ class PendingReading:
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         self._blocks: list[tuple[list[int], Tensor]] = []
         self._slopes: list[tuple[list[int], Tensor]] = []
+        self._skips: Tensor | None = None
         self._host: list[Tensor] | None = None
         self._fused = False
         self._first = 0
@@ -73,17 +77,26 @@ class PendingReading:
         parts = [values[:, 0].sum().to(device) for _, values in self._blocks]
         if isinstance(self._loss, Tensor):
             parts.append(self._loss.to(device, torch.float32).reshape(()))
+        elif self._loss is not None and not math.isfinite(self._loss):
+            parts.append(torch.full((), math.nan, device=device))
         # Every operation on the device costs the host ten microseconds.
         total = functools.reduce(torch.add, parts) if parts else torch.zeros(())
         # NaN and inf survive the sum and turn into NaN here; finite numbers into 0.
         return (total - total).ne(0.0).to(device, torch.float32)
 
-    def send(self) -> None:
-        """Start the transfers; device work queued from here on does not delay them."""
+    def send(self, skips: Tensor | None = None) -> None:
+        """Start the transfers; device work queued from here on does not delay them.
+
+        Args:
+            skips: 0-dim, what ``Reading.skips`` is to be.
+        """
+        self._skips = skips
         parts = [values for _, values in self._blocks]
         parts += [values for _, values in self._slopes]
         if isinstance(self._loss, Tensor):
             parts.append(self._loss.detach())
+        if skips is not None:
+            parts.append(skips)
         if all(t.device.type == "cpu" for t in parts):
             self._host = parts
             return
@@ -113,6 +126,7 @@ class PendingReading:
             if not event.query():  # type: ignore[no-untyped-call]
                 event.synchronize()
         host = self._split() if self._fused else list(self._host or [])
+        skips = 0 if self._skips is None else int(host.pop())
         # Never look at the loss itself: on a GPU that waits for all that is queued.
         on_way = isinstance(self._loss, Tensor)
         loss = float(host.pop()) if on_way else self._plain()
@@ -127,19 +141,18 @@ class PendingReading:
             for rows, block in blocks:
                 _scatter(statistics, rows, block.double(), self._first)
         if len(slopes) == 1 and len(slopes[0][0]) == self._size:
-            return Reading(statistics, loss, slopes[0][1].double().neg())
+            return Reading(statistics, loss, slopes[0][1].double().neg(), skips)
         falls = torch.zeros(self._size, dtype=torch.float64)
         for rows, values in slopes:
             falls[rows] = -values.double()
-        return Reading(statistics, loss, falls)
+        return Reading(statistics, loss, falls, skips)
 
     def _split(self) -> list[Tensor]:
         """The parts of what travelled as one tensor."""
         assert self._host is not None
         values = [values for _, values in (*self._blocks, *self._slopes)]
         sizes = [v.numel() for v in values]
-        if isinstance(self._loss, Tensor):
-            sizes.append(1)
+        sizes += [1] * (isinstance(self._loss, Tensor) + (self._skips is not None))
         pieces = self._host[0].split_with_sizes(sizes)
         shaped = [p.view(v.shape) for p, v in zip(pieces, values, strict=False)]
         return [*shaped, *pieces[len(values) :]]

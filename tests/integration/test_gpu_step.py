@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridopt import HybridPredictOptimizer, Phase
+from hybridopt import HybridPredictOptimizer, Phase, phases
 from hybridopt.config import (
     DriftConfig,
     FixedHorizon,
@@ -219,3 +219,55 @@ def test_no_lead_on_the_device_where_it_is_not_wanted():
     assert trained.opt.statistics()["lead"] == 0.0
     state = trained.opt.state[next(trained.model.parameters())]
     assert "hybrid_lead" not in state
+
+
+SLEEPY = {**ALONE, "lead": LeadConfig(enabled=False)}
+"""Nothing moves weights but the base, so the optimizer soon sleeps."""
+
+
+def _watch_unseen(monkeypatch):
+    found = []
+    passes = phases._unseen_step
+
+    def watched(run, look, step_base):
+        found.append(run.counters.steps)
+        return passes(run, look, step_base)
+
+    monkeypatch.setattr(phases, "_unseen_step", watched)
+    return found
+
+
+@pytest.mark.parametrize("name", list(BASES))
+def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, monkeypatch):
+    unseen = _watch_unseen(monkeypatch)
+    trained = Trained(name, **SLEEPY)
+    trained.run(60)
+    assert len(unseen) > 20
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trained.run(40, 60)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(unseen) > 50
+    assert trained.opt.statistics()["real_steps"] == 100
+
+
+@pytest.mark.parametrize("name", list(BASES))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_step_is_skipped_unseen_on_the_device(name, bad, monkeypatch):
+    unseen = _watch_unseen(monkeypatch)
+    trained = Trained(name, **SLEEPY)
+    step = 60
+    trained.run(step)
+    while unseen[-1] != step - 1:
+        trained.run(1, step)
+        step += 1
+    weights, state = trained.weights(), trained.base_state()
+    trained.run(1, step, {step: bad})
+    assert unseen[-1] == step
+    assert_same_bits(weights, trained.weights())
+    assert_same_bits(state, trained.base_state())
+    assert trained.opt.last_step.action is RecoveryAction.SKIP_STEP
+    trained.run(40, step + 1)
+    assert trained.opt.statistics()["skipped_steps"] == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -38,3 +40,11 @@ def test_one_direction_goes_to_its_own_columns(first):
         want[row, 1 + first] = dot
         want[row, 1 + BASIS_SIZE + first] = length
     assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1.0, None])
+def test_a_loss_that_is_a_host_number_is_in_the_flag_too(loss):
+    reading = PendingReading(1, loss)
+    reading.add_statistics([0], torch.ones(1, 5))
+    bad = loss is not None and not math.isfinite(loss)
+    assert reading.non_finite(torch.device("cpu")) == float(bad)
