@@ -14,10 +14,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hybridopt.kernels.finite import find_non_finite
 from hybridopt.kernels.flat import dot, flat
 from hybridopt.run import Run
 from hybridopt.types import BASIS_SIZE, Observation
-from hybridopt.unseen import Look, find_non_finite
+from hybridopt.unseen import Look
 from hybridopt.weights.local import local
 
 __all__ = ["Glance", "glance", "look_on_device", "pass_by"]

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hybridopt.errors import RecoveryAction
 from hybridopt.types import Level, StepRecord
 
-__all__ = ["Look", "Unseen", "find_non_finite"]
+__all__ = ["Look", "Unseen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +89,3 @@ class Unseen:
         """Restore what ``state_dict`` returned."""
         self.known = [parameters[int(row)] for row in state["rows"]]
         self._skips = self._look = self._record = None
-
-
-def find_non_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """0-dim float32 on ``device``: 1.0 if some element is NaN or inf, else 0.0.
-
-    What GradScaler unscales with, by a factor of one: a launch or two for all tensors.
-    """
-    flag = torch.zeros((), device=device)
-    torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, _one(device))
-    return flag
-
-
-@lru_cache(maxsize=8)
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)

@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-__all__ = ["Fingerprints", "Recent", "Seen"]
+__all__ = ["Fingerprints", "Recent", "Seen", "Steady"]
 
 _KEPT = 64
 """Entries kept; a training loop uses a few, one per set of addresses."""
@@ -49,6 +49,14 @@ class Recent(Generic[Value]):
             self._held.popitem(last=False)
 
 
+class Steady(list[Tensor]):
+    """A list that nobody changes once it has been used: same list, same tensors.
+
+    Looking 150 tensors up costs a tenth of a millisecond where other work has driven
+    them out of the caches, and a step has a dozen such lists.
+    """
+
+
 @dataclass(slots=True)
 class Seen:
     """The tensors last seen at some addresses."""
@@ -66,17 +74,20 @@ class Seen:
 class Fingerprints:
     """Numbers lists of tensors: same number, same addresses, sizes and formats.
 
-    Addresses are read at every call. Sizes, formats and strides are read only when one
-    of the tensors is another object than at the last call with these addresses: memory
-    that was freed and given out again belongs to another tensor. Tensors are referred
-    to weakly, so that none outlives its owner here. What goes unnoticed is a tensor
-    whose ``data`` was replaced by another view that starts at the same address.
+    Addresses are read at every call, of a ``Steady`` list the first and the last: who
+    moves the memory of its tensors (to another device and back) moves all. Sizes,
+    formats and strides are read only when one of the tensors is another object than at
+    the last call with these addresses: memory that was freed and given out again
+    belongs to another tensor. Tensors are referred to weakly, so that none outlives its
+    owner here. What goes unnoticed is a tensor whose ``data`` was replaced by another
+    view that starts at the same address.
     """
 
     def __init__(self) -> None:
         self._seen: Recent[Seen] = Recent()
         self._numbers: Recent[int] = Recent()
         self._kinds: Recent[int] = Recent()
+        self._steady: Recent[tuple[ref[Steady], Seen]] = Recent()
         self._next = count(1)
 
     def number(self, tensors: Sequence[Tensor]) -> int | None:
@@ -86,6 +97,17 @@ class Fingerprints:
 
     def look(self, tensors: Sequence[Tensor]) -> Seen | None:
         """What is known of a list, or None if not all of its tensors are contiguous."""
+        if type(tensors) is not Steady:
+            return self._look(tensors)
+        kept = self._steady.get(id(tensors))
+        if kept is not None and kept[0]() is tensors and _in_place(tensors, kept[1]):
+            return kept[1]
+        found = self._look(tensors)
+        if found is not None:
+            self._steady.put(id(tensors), (ref(tensors), found))
+        return found
+
+    def _look(self, tensors: Sequence[Tensor]) -> Seen | None:
         addresses = tuple(map(Tensor.data_ptr, tensors))
         seen = self._seen.get(addresses)
         if seen is None:
@@ -119,3 +141,12 @@ class Fingerprints:
             number = next(self._next)
             numbers.put(key, number)
         return number
+
+
+def _in_place(tensors: Steady, seen: Seen) -> bool:
+    """Whether the first and the last of them are where they were."""
+    addresses = seen.addresses
+    return not tensors or (
+        tensors[0].data_ptr() == addresses[0]
+        and tensors[-1].data_ptr() == addresses[-1]
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import ConfigError
+from hybridopt.kernels.recent import Steady
 from hybridopt.weights.local import local
 
 __all__ = [
@@ -51,14 +52,16 @@ class Bucket:
     rows: list[int] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
     """The parameters themselves, whose ``grad`` is read anew each step."""
-    parameters: list[Tensor] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=Steady)
     gradients: list[Tensor] = field(default_factory=list)
-    anchors: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    lags: list[Tensor] = field(default_factory=list)
-    windows: list[Tensor] = field(default_factory=list)
-    drifts: list[Tensor] = field(default_factory=list)
-    leads: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    anchors: list[Tensor] = field(default_factory=Steady)
+    steps: list[Tensor] = field(default_factory=Steady)
+    lags: list[Tensor] = field(default_factory=Steady)
+    windows: list[Tensor] = field(default_factory=Steady)
+    drifts: list[Tensor] = field(default_factory=Steady)
+    leads: tuple[list[Tensor], list[Tensor]] = field(
+        default_factory=lambda: (Steady(), Steady())
+    )
     """The base's last two displacements, with their sign turned (``ahead.py``)."""
     step_sq: Tensor | None = None
     """(rows,) ||s||^2 where it is known since s was written; CPU only."""
@@ -182,6 +185,7 @@ class BucketTable:
         self._present: list[bool] = []
         self._keys: list[Tensor] = []
         self._values: list[Any] = []
+        self._samples: list[tuple[dict[str, Any], str, Any]] = []
         self._pointers: list[int] = []
         self._buckets: list[Bucket] = []
 
@@ -222,6 +226,8 @@ class BucketTable:
             and len(state) == len(keys)
             and all(map(is_, state.keys(), keys))
             and all(map(is_, state.values(), self._values))
+            # Who moves state to another device and back replaces all of it.
+            and all([held.get(key) is old for held, key, old in self._samples])
             # ``p.data = other`` keeps the parameter and leaves views of old memory.
             and list(map(Tensor.data_ptr, parameters)) == self._pointers
         )
@@ -245,4 +251,11 @@ class BucketTable:
         self._parameters = list(parameters) if plain else []
         self._present = present
         self._keys, self._values = list(state.keys()), list(state.values())
+        ends = [held for held in self._values if ANCHOR in held]
+        self._samples = [
+            (held, key, held[key])
+            for held in (*ends[:1], *ends[-1:])
+            for key in KEYS
+            if key in held
+        ]
         self._pointers = list(map(Tensor.data_ptr, parameters)) if plain else []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hybridopt.kernels.finite import find_non_finite
 from hybridopt.types import BASIS_SIZE
 
 __all__ = ["PendingReading", "Reading"]
@@ -74,15 +74,14 @@ class PendingReading:
 
         What fused optimizers take as ``found_inf``: they skip on the device.
         """
-        parts = [values[:, 0].sum().to(device) for _, values in self._blocks]
-        if isinstance(self._loss, Tensor):
-            parts.append(self._loss.to(device, torch.float32).reshape(()))
-        elif self._loss is not None and not math.isfinite(self._loss):
+        parts = [values[:, 0].to(device) for _, values in self._blocks]
+        loss = self._loss
+        if isinstance(loss, Tensor):
+            # A copy: the answer comes by a pass that writes what it reads.
+            parts.append(loss.to(device, torch.float32, copy=True))
+        elif loss is not None and not math.isfinite(loss):
             parts.append(torch.full((), math.nan, device=device))
-        # Every operation on the device costs the host ten microseconds.
-        total = functools.reduce(torch.add, parts) if parts else torch.zeros(())
-        # NaN and inf survive the sum and turn into NaN here; finite numbers into 0.
-        return (total - total).ne(0.0).to(device, torch.float32)
+        return find_non_finite(parts, device)
 
     def send(self, skips: Tensor | None = None) -> None:
         """Start the transfers; device work queued from here on does not delay them.

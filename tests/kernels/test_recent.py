@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridopt.kernels.launch import Launcher
-from hybridopt.kernels.recent import Fingerprints, Recent
+from hybridopt.kernels.recent import Fingerprints, Recent, Steady
 from tests.kernels import twin
 from tests.kernels.host import COMPILER, host_ops
 
@@ -84,6 +84,43 @@ def test_fingerprints_keep_no_tensor_alive():
     tensors.clear()
     gc.collect()
     assert watch() is None
+
+
+def test_steady_lists_are_looked_up_once(monkeypatch):
+    prints, tensors = Fingerprints(), Steady([torch.ones(3), torch.ones(2, 2)])
+    seen = prints.look(tensors)
+    assert seen is not None
+    assert seen.number == prints.number(list(tensors))
+    monkeypatch.setattr(prints, "_look", None)
+    assert prints.look(tensors) is seen
+    monkeypatch.undo()
+    empty = prints.look(Steady())
+    assert empty is not None
+    assert empty.addresses == ()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_steady_lists_whose_memory_moves_are_looked_up_again(place):
+    tensors = Steady([torch.nn.Parameter(torch.ones(8)) for _ in range(3)])
+    prints = Fingerprints()
+    number = prints.number(tensors)
+    first = tensors[place].data
+    tensors[place].data = torch.ones(8)
+    assert prints.number(tensors) != number
+    tensors[place].data = first
+    assert prints.number(tensors) == number
+
+
+def test_steady_lists_and_their_tensors_are_not_kept_alive():
+    prints, tensors = Fingerprints(), Steady([torch.ones(8)])
+    number = prints.number(tensors)
+    watch = weakref.ref(tensors[0])
+    del tensors
+    gc.collect()
+    assert watch() is None
+    # A new list may well get the old one's place in memory.
+    for _ in range(50):
+        assert prints.number(Steady([torch.ones(9)])) != number
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")

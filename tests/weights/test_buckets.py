@@ -125,3 +125,23 @@ def test_lists_and_norms_outlive_predicted_steps():
     (after,) = opt.run.space._table._buckets
     assert after is before
     assert predicted > 0
+
+
+def test_state_that_was_moved_away_and_back_is_followed():
+    """Who offloads state replaces its tensors inside the same dictionaries."""
+    runs = []
+    for replaces in (False, True):
+        problem = regression()
+        opt = _build(problem, max_predict_steps=0)
+        for step in range(60):
+            if replaces and step % 7 == 0:
+                for held in opt.state.values():
+                    for key, value in held.items():
+                        held[key] = value.clone()
+            train(problem, opt, 1, start=step)
+            if opt.run.space.ready:
+                (bucket,) = opt.run.space.tracked_buckets()
+                first = next(iter(opt.state.values()))["hybrid_step"]
+                assert bucket.steps[0].data_ptr() == first.data_ptr()
+        runs.append(problem.weights())
+    assert_same_bits(*runs)
