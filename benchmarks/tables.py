@@ -280,7 +280,7 @@ def _row(f: ArmFigures, result: CaseResult, head: Sequence[str]) -> list[str]:
         "length": f"{f.fraction:g} N",
         "seeds": str(f.seeds),
         "loss": f"{f.loss:.5g}",
-        "base, same N": f"{f.base_loss:.5g}",
+        "base, same N": _number(f.base_loss),
         "base, same cost": _number(f.base_loss_same_cost),
         "speedup in process time": _speedup(f.time_speedup("process")),
         "speedup in wall time": _speedup(f.time_speedup("wall")),

@@ -89,8 +89,8 @@ class Extent(enum.Enum):
     """Asleep, or behind a secant move: the gradient's norm alone."""
     GLANCE = "glance"
     """Asleep or coasting: whether loss and gradient are finite. Nobody judges them and
-    nobody learns from them. Where the host would have to wait for even that, the step
-    is measured as if it were DRIFT or NORM."""
+    nobody learns from them. Where neither the host can tell without waiting nor the
+    base skips on the device, the step is measured as if it were DRIFT or NORM."""
 
     @property
     def along_drift(self) -> bool:
@@ -342,7 +342,8 @@ class StepRecord:
     action: RecoveryAction
     """What was done about it."""
     gradient_norm: float
-    """Global gradient norm; nan on predicted steps."""
+    """Global gradient norm; nan on predicted steps, and on steps that a GPU passed
+    without the host (``unseen.py``; never where records are collected)."""
     gain: float
     """Mean gain over tensors on the step direction."""
     learning_rate: float
