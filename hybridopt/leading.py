@@ -78,6 +78,8 @@ class Lead:
         """Of the sample; the next one with each measurement."""
         self._reading: PendingReading | Tensor | None = None
         """Numbers on their way to the host; on the CPU none ever are."""
+        self.unshared: Tensor | None = None
+        """(4,), this rank's part of what was measured last, until ranks add it up."""
         self._before: list[list[Tensor]] = []
         self._buckets: Sequence[Bucket | Part] = ()
 
@@ -88,6 +90,7 @@ class Lead:
         *,
         asleep: bool,
         on_host: bool = True,
+        shares: Tensor | None = None,
     ) -> bool:
         """Before the base's step, gradients being there: measure, keep the weights.
 
@@ -96,6 +99,7 @@ class Lead:
             buckets: Looks the tracked ones up, if they are needed.
             asleep: Whether nothing else moves weights, so that little is measured.
             on_host: Whether the first parameter is on the CPU.
+            shares: (L, 1) weights of this rank's sums in those of all; None if alone.
 
         Returns:
             Whether ``end`` has something to do behind the step.
@@ -113,10 +117,11 @@ class Lead:
         if not leads(found):
             self.drop()
             return False
-        on_host = all([b.on_host for b in found])
+        # Ranks look at all rows: sums per tensor are what they have weights for.
+        on_host = shares is None and all([b.on_host for b in found])
         # A sample kept on the CPU says nothing where its checkpoint went on elsewhere.
         if measures and (on_host or not self._sampled):
-            self._measure(ops, found, on_host)
+            self._measure(ops, found, on_host, shares)
             if not self._keeps(interval):
                 self._known = 0
                 self._turn += 1
@@ -177,9 +182,26 @@ class Lead:
     def _due(self, ahead: int, interval: int) -> bool:
         return (self.steps + ahead) % interval == 0
 
-    def _measure(self, ops: Ops, buckets: Sequence[Bucket], on_host: bool) -> None:
+    def share(self, total: Tensor) -> None:
+        """Learn from ``unshared`` of all ranks together."""
+        self.unshared = None
+        self.length.learn(total.unsqueeze(0))
+
+    def _measure(
+        self,
+        ops: Ops,
+        buckets: Sequence[Bucket],
+        on_host: bool,
+        shares: Tensor | None,
+    ) -> None:
         self._settle()
-        if on_host:
+        if shares is None and self.unshared is not None:
+            self.share(self.unshared)  # from a checkpoint that several ranks saved
+        if shares is not None:
+            # The host waits at every step there; the sum goes with the next one's.
+            found = measure(ops, buckets, self._side).wait().statistics[:, :4]
+            self.unshared = (found * shares[: len(found)]).sum(0)
+        elif on_host:
             parts = sample(buckets, self._turn) if self._sampled else buckets
             self.length.learn(measure_on_host(parts, self._side))
         else:
@@ -210,6 +232,7 @@ class Lead:
             "sampled": self._sampled,
             "turn": self._turn,
             "reading": None if self._reading is None else self._numbers(),
+            "unshared": self.unshared,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,3 +244,4 @@ class Lead:
         self._sampled = bool(state.get("sampled", False))
         self._turn = int(state.get("turn", 0))
         self._reading = state["reading"]
+        self.unshared = state.get("unshared")

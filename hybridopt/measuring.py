@@ -39,11 +39,16 @@ def digest(run: Run, taken: Pending) -> Observation:
     if count > 1:
         local = torch.cat([statistics, slopes.unsqueeze(1)], 1) * run.shares
         share = [reading.loss / count, float(run.refused)]
-        rest = torch.tensor(share, dtype=torch.float64)
-        total = run.collective.sum(torch.cat([local.reshape(-1), rest]))
-        local, mean_loss = total[:-2].view_as(local), float(total[-2])
-        statistics, slopes = local[:, :-1], local[:, -1]
-        refused, run.refused = bool(total[-1] > 0.0), False
+        parts = [local.reshape(-1), torch.tensor(share, dtype=torch.float64)]
+        if run.lead.unshared is not None:
+            parts.append(run.lead.unshared)
+        total = run.collective.sum(torch.cat(parts))
+        whole, rest = total[: local.numel()].view_as(local), total[local.numel() :]
+        statistics, slopes = whole[:, :-1], whole[:, -1]
+        mean_loss = float(rest[0])
+        refused, run.refused = bool(rest[1] > 0.0), False
+        if run.lead.unshared is not None:
+            run.lead.share(rest[2:])
     else:
         mean_loss, refused = reading.loss, False
     gradient_sq = statistics[:, 0]

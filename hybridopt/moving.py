@@ -83,6 +83,7 @@ def take_base_step(
         run.space.tracked_buckets,
         asleep=run.controller.sleeps_deeply,
         on_host=run.device.type == "cpu",
+        shares=run.shares if run.collective.world_size > 1 else None,
     )
     started = time.perf_counter()
     if skip is not None:
@@ -115,14 +116,12 @@ def take_base_step(
 
 
 def _may_lead(run: Run, held: bool) -> bool:
-    """Whether weights may be put ahead behind this base step.
-
-    Not behind secant moves, which leave the base's trajectory, and not on several
-    ranks, which would have to add up what each measures.
+    """Whether weights may be put ahead behind this base step: not behind secant moves,
+    which leave the base's trajectory.
     """
     if held:
         run.lead.drop()
-    return not held and run.controller.warm and run.collective.world_size == 1
+    return not held and run.controller.warm
 
 
 def plan_move(

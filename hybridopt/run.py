@@ -276,6 +276,19 @@ class Run:
         ]
         return {**state, "slopes": slopes}
 
+    def _whole_lead(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The lead's state with what this rank measured summed over ranks, likewise."""
+        if not self.sharded or state["unshared"] is None:
+            return state
+        return {**state, "unshared": self.collective.sum(state["unshared"])}
+
+    def _own_lead(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Undo ``_whole_lead``: the first rank holds the whole sum, the rest zero."""
+        unshared = state.get("unshared")
+        if not self.sharded or unshared is None:
+            return state
+        return {**state, "unshared": unshared * float(is_first(self.collective))}
+
     # -- time ----------------------------------------------------------------------
 
     def start_clock(self) -> None:
@@ -311,7 +324,7 @@ class Run:
             "pending": None if self.pending is None else self.pending.state_dict(),
             "forward_form": self.forward_form,
             "hold": self.hold.state_dict(),
-            "lead": self.lead.state_dict(),
+            "lead": self._whole_lead(self.lead.state_dict()),
             "unseen": self.unseen.state_dict(self.space.parameters()),
             "buffers": [b.cpu() for b in self.buffers],
         }
@@ -361,7 +374,7 @@ class Run:
         if "hold" in state:
             self.hold.load_state_dict(state["hold"])
         if "lead" in state:
-            self.lead.load_state_dict(state["lead"])
+            self.lead.load_state_dict(self._own_lead(state["lead"]))
         if "unseen" in state:
             self.unseen.load_state_dict(state["unseen"], self.space.parameters())
         buffers = [] if self.model is None else list_buffers(self.model)

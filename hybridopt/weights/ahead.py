@@ -80,15 +80,15 @@ def leads(buckets: Sequence[Bucket]) -> bool:
 def measure(ops: Ops, buckets: Sequence[Bucket], side: int) -> PendingReading:
     """Gradients against the last two displacements, on their way to the host.
 
-    ``wait`` brings (n, 5): ||g||^2, -<g, s>, -<g, p>, ||s||^2, ||p||^2.
+    ``wait`` brings (n, 5), in the order of all parameters: ||g||^2, -<g, s>, -<g, p>,
+    ||s||^2, ||p||^2.
     """
-    reading = PendingReading(sum(len(b.rows) for b in buckets), None)
-    places = iter(range(sum(len(b.rows) for b in buckets)))
+    last = max(row for bucket in buckets for row in bucket.rows)
+    reading = PendingReading(last + 1, None)
     for bucket in buckets:
-        rows = [next(places) for _ in bucket.rows]
         if bucket.gradients:
             basis = [bucket.leads[side], bucket.leads[1 - side]]
-            reading.add_statistics(rows, ops.observe(bucket.gradients, basis))
+            reading.add_statistics(bucket.rows, ops.observe(bucket.gradients, basis))
     reading.send()
     return reading
 

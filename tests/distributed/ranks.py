@@ -34,6 +34,12 @@ from tests.distributed.scenarios_fsdp import (
     fsdp_resume,
     fsdp_zero_gradient_shards,
 )
+from tests.distributed.scenarios_lead import (
+    ddp_ahead,
+    fsdp_ahead,
+    fsdp_ahead_resume,
+    one_process_ahead,
+)
 
 SCENARIOS: list[Callable[[], dict[str, Any]]] = [
     ddp,
@@ -50,6 +56,10 @@ SCENARIOS: list[Callable[[], dict[str, Any]]] = [
     fsdp_zero_gradient_shards,
     fsdp_resume,
     fsdp_forward_without_backward,
+    ddp_ahead,
+    fsdp_ahead,
+    one_process_ahead,
+    fsdp_ahead_resume,
     zero,
     zero_the_wrong_way_round,
     group_created_too_late,

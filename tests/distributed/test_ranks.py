@@ -53,6 +53,8 @@ def phases(result):
         ranks.fsdp_hybrid_sharding,
         ranks.fsdp_low_precision_directions,
         ranks.fsdp_refused_by_one_rank,
+        ranks.ddp_ahead,
+        ranks.fsdp_ahead,
         ranks.zero,
     ],
     ids=lambda s: s.__name__,
@@ -88,6 +90,40 @@ def test_ranks_train_as_one_process_on_the_mean_loss(both, scenario):
         assert ours[:5] == theirs[:5]
         assert ours[5] == pytest.approx(theirs[5], rel=1e-3)
         assert ours[6] == pytest.approx(theirs[6], rel=1e-2, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "scenario", [ranks.ddp_ahead, ranks.fsdp_ahead], ids=lambda s: s.__name__
+)
+def test_ranks_are_as_far_ahead_as_one_process(both, scenario):
+    reference = both(ranks.one_process_ahead)[0]
+    for result in both(scenario):
+        assert max(made for _, made in result["leads"]) > 0.4
+        # What is measured counts one real step later.
+        assert [length for length, _ in result["leads"][1:]] == pytest.approx(
+            [length for length, _ in reference["leads"][:-1]], rel=0.05, abs=0.02
+        )
+        torch.testing.assert_close(
+            result["weights"], reference["weights"], rtol=0.05, atol=0.02
+        )
+    left, right = both(scenario)
+    assert left["leads"] == right["leads"]
+
+
+@pytest.mark.parametrize(
+    "scenario", [ranks.ddp_ahead, ranks.fsdp_ahead], ids=lambda s: s.__name__
+)
+def test_leads_need_no_sum_of_their_own(both, scenario):
+    for result in both(scenario):
+        # One more compares the ranks' parameter lists at the first real step.
+        assert result["sums"] == result["real"] + 1
+
+
+def test_sharded_run_resumes_exactly_while_it_is_ahead(both):
+    for result in both(ranks.fsdp_ahead_resume):
+        assert result["lead"] > 0.0
+        assert result["unshared"] > 0
+        assert result["same"] == [True] * 5
 
 
 def test_natural_decisions_include_predicted_steps(both):
