@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridopt.kernels.finite import find_non_finite
 from hybridopt.kernels.flat import dot, flat
 from hybridopt.run import Run
+from hybridopt.skipping import honours_found_inf
 from hybridopt.types import BASIS_SIZE, Observation
 from hybridopt.unseen import Look
 from hybridopt.weights.local import local
@@ -72,6 +73,8 @@ def look_on_device(run: Run, loss: Tensor | float | None) -> Look | None:
     if run.sink.active or run.collective.world_size > 1 or _watches_secant(run):
         return None
     if run.controller.plan.horizon > 0 or hasattr(run.base, "found_inf"):
+        return None
+    if not honours_found_inf(run.base):
         return None
     rate, device = run.top_rate(), run.device
     found = [(p, p.grad) for p in run.space.parameters()]

@@ -215,7 +215,7 @@ def _glanced_step(run: Run, seen: Glance, step_base: Callable[[], Any]) -> Done:
 
 
 def _unseen_step(run: Run, look: Look, step_base: Callable[[], Any]) -> Done:
-    """The same on a GPU, unseen; the real step before may not be taken in yet."""
+    """The same on a GPU, unseen; the real step before may still be on its way."""
     before = settle(run)
     planned = Planned()
     if before is not None:

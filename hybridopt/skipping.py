@@ -6,7 +6,7 @@ import torch
 
 from hybridopt.run import Run
 
-__all__ = ["skips_on_device"]
+__all__ = ["honours_found_inf", "skips_on_device"]
 
 
 def skips_on_device(run: Run) -> bool:
@@ -20,7 +20,7 @@ def skips_on_device(run: Run) -> bool:
         run.collective.world_size == 1
         and run.device.type in run.skips_on
         and (run.secant is None or run.secant_off or run.decays)
-        and _honours_found_inf(run.base)
+        and honours_found_inf(run.base)
         and not hasattr(run.base, "found_inf")
         and len({p.device for p in run.space.parameters()}) == 1
         and run.space.ready
@@ -28,7 +28,8 @@ def skips_on_device(run: Run) -> bool:
     )
 
 
-def _honours_found_inf(base: torch.optim.Optimizer) -> bool:
+def honours_found_inf(base: torch.optim.Optimizer) -> bool:
+    """Whether the base, as it is set up now, skips a step by its ``found_inf``."""
     # Copies of torch's own lose the attribute, but still do.
     known = type(base) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
     if not (known or getattr(base, "_step_supports_amp_scaling", False)):

@@ -269,6 +269,18 @@ def test_a_parameter_that_wakes_up_is_measured_first(unseen):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def test_a_base_that_does_not_skip_any_more_is_not_left_alone(unseen):
+    problem = regression()
+    opt = _build(problem, **QUIET)
+    step = _until_unseen(problem, opt, unseen, many=2)
+    opt.param_groups[0]["fused"] = False
+    before, count = problem.weights(), len(unseen)
+    opt.step(lambda: problem.loss(step) * math.nan)
+    assert len(unseen) == count
+    assert_same_bits(before, problem.weights())
+    assert opt.last_step.action is RecoveryAction.SKIP_STEP
+
+
 def test_where_every_record_is_wanted_none_passes_unseen(unseen):
     problem = regression()
     opt = _build(problem, collect_metrics=True, **QUIET)
