@@ -105,8 +105,8 @@ class LeadConfig(Checked, frozen=True, kw_only=True):
     enabled: bool = True
     """Whether weights are put ahead at all."""
     on_gpu: bool = True
-    """Whether weights on a GPU are put ahead too. Looking for a lead costs 1 to 2 % of
-    a step that waits for the host."""
+    """Whether weights on a GPU are put ahead too. Looking for a lead took 3 % of a step
+    of 18 ms that waits for the host, when it was done twice as often."""
     rate: NonNegative = 0.15
     """eta, largest change of the lead per measurement, in base steps. 0: no lead."""
     maximum: NonNegative = 4.0

@@ -94,10 +94,15 @@ def look_on_device(run: Run, loss: Tensor | float | None) -> Look | None:
 
 
 def _is_plain(gradient: Tensor) -> bool:
+    """Whether the pass that looks for what is not finite can write every element back:
+    not into expanded ones, which users may set, or those made in inference mode.
+    """
     return (
         type(gradient) is Tensor
         and gradient.layout is torch.strided
         and gradient.is_floating_point()
+        and (gradient.is_contiguous() or 0 not in gradient.stride())
+        and not gradient.is_inference()
     )
 
 

@@ -118,15 +118,15 @@ class Lead:
             self.drop()
             return False
         # Ranks look at all rows: sums per tensor are what they have weights for.
-        on_host = shares is None and all([b.on_host for b in found])
+        pools = shares is None and all([b.on_host for b in found])
         # A sample kept on the CPU says nothing where its checkpoint went on elsewhere.
-        if measures and (on_host or not self._sampled):
-            self._measure(ops, found, on_host, shares)
+        if measures and (pools or not self._sampled):
+            self._measure(ops, found, pools, shares)
             if not self._keeps(interval):
                 self._known = 0
                 self._turn += 1
                 return False
-        sampled = on_host and self._lead() <= 0.0 and self.made <= 0.0
+        sampled = pools and self._lead() <= 0.0 and self.made <= 0.0
         if self._sampled and not sampled:
             self._known = 0  # of the other weights nothing is kept
         self._sampled = sampled
@@ -191,7 +191,7 @@ class Lead:
         self,
         ops: Ops,
         buckets: Sequence[Bucket],
-        on_host: bool,
+        pools: bool,
         shares: Tensor | None,
     ) -> None:
         self._settle()
@@ -201,7 +201,7 @@ class Lead:
             # The host waits at every step there; the sum goes with the next one's.
             found = measure(ops, buckets, self._side).wait().statistics[:, :4]
             self.unshared = (found * shares[: len(found)]).sum(0)
-        elif on_host:
+        elif pools:
             parts = sample(buckets, self._turn) if self._sampled else buckets
             self.length.learn(measure_on_host(parts, self._side))
         else:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from hybridopt import phases
 from hybridopt.types import Forecast, Move
+
+
+def watch_unseen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the calls that pass unseen from now on; the list grows."""
+    found: list[int] = []
+    passes = phases._unseen_step
+
+    def watched(run, look, step_base):
+        found.append(run.counters.steps)
+        return passes(run, look, step_base)
+
+    monkeypatch.setattr(phases, "_unseen_step", watched)
+    return found
 
 
 def move(coefficients: torch.Tensor | None = None, **fields: object) -> Move:

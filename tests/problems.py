@@ -73,6 +73,21 @@ def train(problem: Problem, optimizer, steps: int, start: int = 0) -> list[float
     return losses
 
 
+def spoiled(problem: Problem, optimizer, step: int, where: str, bad: float):
+    """A classic closure whose loss, or one gradient of which, is ``bad``."""
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()
+        if where == "loss":
+            return loss * bad
+        next(problem.model.parameters()).grad.view(-1)[0] = bad
+        return loss
+
+    return closure
+
+
 def train_bare(problem: Problem, base: torch.optim.Optimizer, steps: int) -> None:
     """The loop that every torch user writes."""
     for i in range(steps):

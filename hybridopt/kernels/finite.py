@@ -17,7 +17,7 @@ def find_non_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
     tensors of one format, and they keep every bit.
 
     Args:
-        tensors: Floating point, on ``device``.
+        tensors: Floating point, on ``device``; written, so no element may be another's.
         device: Where the answer is wanted, by who skips a step on the strength of it.
     """
     flag = torch.zeros((), device=device)

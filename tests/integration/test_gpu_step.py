@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridopt import HybridPredictOptimizer, Phase, phases
+from hybridopt import HybridPredictOptimizer, Phase
 from hybridopt.config import (
     DriftConfig,
     FixedHorizon,
@@ -20,7 +20,7 @@ from hybridopt.config import (
 )
 from hybridopt.errors import RecoveryAction
 from hybridopt.run import Components
-from tests.parts import FixedPredictor
+from tests.parts import FixedPredictor, watch_unseen
 from tests.problems import assert_same_bits
 
 pytestmark = [
@@ -225,21 +225,9 @@ SLEEPY = {**ALONE, "lead": LeadConfig(enabled=False)}
 """Nothing moves weights but the base, so the optimizer soon sleeps."""
 
 
-def _watch_unseen(monkeypatch):
-    found = []
-    passes = phases._unseen_step
-
-    def watched(run, look, step_base):
-        found.append(run.counters.steps)
-        return passes(run, look, step_base)
-
-    monkeypatch.setattr(phases, "_unseen_step", watched)
-    return found
-
-
 @pytest.mark.parametrize("name", list(BASES))
 def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, monkeypatch):
-    unseen = _watch_unseen(monkeypatch)
+    unseen = watch_unseen(monkeypatch)
     trained = Trained(name, **SLEEPY)
     trained.run(60)
     assert len(unseen) > 20
@@ -256,7 +244,7 @@ def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, monkeypatch):
 @pytest.mark.parametrize("name", list(BASES))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_step_is_skipped_unseen_on_the_device(name, bad, monkeypatch):
-    unseen = _watch_unseen(monkeypatch)
+    unseen = watch_unseen(monkeypatch)
     trained = Trained(name, **SLEEPY)
     step = 60
     trained.run(step)

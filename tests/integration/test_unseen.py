@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from hybridopt import HybridPredictOptimizer, phases
+from hybridopt import HybridPredictOptimizer
 from hybridopt.checkpoint import _fill
 from hybridopt.config import DriftConfig, GainConfig, LeadConfig, Prior, SecantConfig
 from hybridopt.errors import CheckpointError, RecoveryAction
 from hybridopt.run import Components
-from tests.problems import assert_same_bits, regression, train, train_bare
+from tests.parts import watch_unseen
+from tests.problems import assert_same_bits, regression, spoiled, train, train_bare
 
 FUSED = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-4, fused=True),
@@ -50,16 +51,7 @@ def _coasting(problem, **overrides):
 
 @pytest.fixture
 def unseen(monkeypatch):
-    """Indices of the calls that passed unseen."""
-    found = []
-    passes = phases._unseen_step
-
-    def watched(run, look, step_base):
-        found.append(run.counters.steps)
-        return passes(run, look, step_base)
-
-    monkeypatch.setattr(phases, "_unseen_step", watched)
-    return found
+    return watch_unseen(monkeypatch)
 
 
 def _until_unseen(problem, opt, found, start=0, many=1):
@@ -131,16 +123,7 @@ def test_what_is_not_finite_is_skipped_unseen_and_counted(name, bad, where, unse
     twin = copy.deepcopy((problem, opt))
     before, count = problem.weights(), len(unseen)
 
-    def closure():
-        opt.zero_grad()
-        loss = problem.loss(step)
-        loss.backward()
-        if where == "loss":
-            return loss * bad
-        next(problem.model.parameters()).grad.view(-1)[0] = bad
-        return loss
-
-    opt.step(closure)
+    opt.step(spoiled(problem, opt, step, where, bad))
     assert len(unseen) == count + 1
     assert_same_bits(before, problem.weights())
     assert opt.last_step.action is RecoveryAction.SKIP_STEP
@@ -279,6 +262,25 @@ def test_a_base_that_does_not_skip_any_more_is_not_left_alone(unseen):
     assert len(unseen) == count
     assert_same_bits(before, problem.weights())
     assert opt.last_step.action is RecoveryAction.SKIP_STEP
+
+
+@pytest.mark.parametrize("kind", ["expanded", "inference"])
+def test_gradients_that_cannot_be_written_are_measured(kind, unseen):
+    problem = regression()
+    opt = _build(problem, **QUIET)
+    step = _until_unseen(problem, opt, unseen, many=2)
+    count, before = len(unseen), problem.weights()
+    with torch.inference_mode(kind == "inference"):
+        made = [torch.ones(p.shape) for p in problem.model.parameters()]
+    for p, gradient in zip(problem.model.parameters(), made, strict=True):
+        expanded = torch.ones(()).expand(p.shape)
+        p.grad = expanded if kind == "expanded" else gradient
+    opt.step()
+    assert len(unseen) == count
+    assert opt.statistics()["skipped_steps"] == 0
+    assert all((a != b).all() for a, b in zip(before, problem.weights(), strict=True))
+    train(problem, opt, 8, start=step)
+    assert len(unseen) > count
 
 
 def test_where_every_record_is_wanted_none_passes_unseen(unseen):

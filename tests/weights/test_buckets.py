@@ -67,17 +67,33 @@ def test_large_weights_are_moved_as_far_as_floats_go():
     assert bool(first.isfinite().all())
 
 
-def test_replaced_data_is_followed():
+def _move_weights(problem, opt):
     """``p.data = other`` keeps the parameter; views of the old memory are stale."""
+    for p in problem.model.parameters():
+        p.data = p.data.clone()
+
+
+def _move_state(problem, opt):
+    """Who offloads state replaces its tensors inside the same dictionaries."""
+    for held in opt.state.values():
+        for key, value in held.items():
+            held[key] = value.clone()
+
+
+@pytest.mark.parametrize("moves", [_move_weights, _move_state])
+def test_what_was_moved_away_and_back_is_followed(moves):
     runs = []
     for replaces in (False, True):
         problem = regression()
         opt = _build(problem, max_predict_steps=0)
         for step in range(60):
             if replaces and step % 7 == 0:
-                for p in problem.model.parameters():
-                    p.data = p.data.clone()
+                moves(problem, opt)
             train(problem, opt, 1, start=step)
+            if opt.run.space.ready:
+                (bucket,) = opt.run.space.tracked_buckets()
+                first = next(iter(opt.state.values()))["hybrid_step"]
+                assert bucket.steps[0].data_ptr() == first.data_ptr()
         runs.append(problem.weights())
         assert opt.statistics()["folded_moves"] > 10
     assert_same_bits(*runs)
@@ -125,23 +141,3 @@ def test_lists_and_norms_outlive_predicted_steps():
     (after,) = opt.run.space._table._buckets
     assert after is before
     assert predicted > 0
-
-
-def test_state_that_was_moved_away_and_back_is_followed():
-    """Who offloads state replaces its tensors inside the same dictionaries."""
-    runs = []
-    for replaces in (False, True):
-        problem = regression()
-        opt = _build(problem, max_predict_steps=0)
-        for step in range(60):
-            if replaces and step % 7 == 0:
-                for held in opt.state.values():
-                    for key, value in held.items():
-                        held[key] = value.clone()
-            train(problem, opt, 1, start=step)
-            if opt.run.space.ready:
-                (bucket,) = opt.run.space.tracked_buckets()
-                first = next(iter(opt.state.values()))["hybrid_step"]
-                assert bucket.steps[0].data_ptr() == first.data_ptr()
-        runs.append(problem.weights())
-    assert_same_bits(*runs)

@@ -9,7 +9,7 @@ from hybridopt.config import DriftConfig
 from hybridopt.control.controller import DEEP_GLANCES
 from hybridopt.dynamics.window import WindowGains
 from hybridopt.types import Extent
-from tests.problems import assert_same_bits, regression, train
+from tests.problems import assert_same_bits, regression, spoiled, train
 from tests.weights.test_coasting import K, coasting, train_until
 
 
@@ -54,16 +54,7 @@ def test_what_is_not_finite_never_passes_as_a_glance(glancing, bad, where):
     problem, opt, step = glancing
     before = problem.weights()
 
-    def closure():
-        opt.zero_grad()
-        loss = problem.loss(step)
-        loss.backward()
-        if where == "loss":
-            return loss * bad
-        next(problem.model.parameters()).grad.view(-1)[0] = bad
-        return loss
-
-    opt.step(closure)
+    opt.step(spoiled(problem, opt, step, where, bad))
     assert_same_bits(before, problem.weights())
     assert opt.statistics()["skipped_steps"] == 1
     assert opt.run.controller.extent is Extent.GLANCE
