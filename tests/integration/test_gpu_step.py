@@ -41,12 +41,12 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Trained:
     """A small model on the card, with a batch per step."""
 
-    def __init__(self, name="adamw", horizon=None, **overrides):
+    def __init__(self, name="adamw", horizon=None, dtype=torch.float32, **overrides):
         torch.manual_seed(1)
         self.model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 8))
-        self.model.cuda()
-        self.x = torch.randn(64, 128, 64, device="cuda")
-        self.y = torch.randn(64, 128, 8, device="cuda")
+        self.model.to("cuda", dtype)
+        self.x = torch.randn(64, 128, 64, device="cuda", dtype=dtype)
+        self.y = torch.randn(64, 128, 8, device="cuda", dtype=dtype)
         parts = Components()
         if horizon is not None:
             parts = Components(predictor=FixedPredictor(0.5, 50.0))
@@ -225,10 +225,14 @@ SLEEPY = {**ALONE, "lead": LeadConfig(enabled=False)}
 """Nothing moves weights but the base, so the optimizer soon sleeps."""
 
 
+FORMATS = (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", list(BASES))
-def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, monkeypatch):
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, dtype, monkeypatch):
     unseen = watch_unseen(monkeypatch)
-    trained = Trained(name, **SLEEPY)
+    trained = Trained(name, dtype=dtype, **SLEEPY)
     trained.run(60)
     assert len(unseen) > 20
     torch.cuda.synchronize()
@@ -242,10 +246,11 @@ def test_sleeping_steps_pass_unseen_and_wait_for_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(BASES))
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_step_is_skipped_unseen_on_the_device(name, bad, monkeypatch):
+def test_bad_step_is_skipped_unseen_on_the_device(name, dtype, bad, monkeypatch):
     unseen = watch_unseen(monkeypatch)
-    trained = Trained(name, **SLEEPY)
+    trained = Trained(name, dtype=dtype, **SLEEPY)
     step = 60
     trained.run(step)
     while unseen[-1] != step - 1:
