@@ -17,6 +17,7 @@ from hybridopt.pending import Pending
 from hybridopt.run import Run
 from hybridopt.telemetry import events
 from hybridopt.types import BASIS_SIZE, Extent, Mover, Observation, Verdict
+from hybridopt.weights.averages import gradient_memory
 
 __all__ = [
     "advance",
@@ -77,6 +78,7 @@ def digest(run: Run, taken: Pending) -> Observation:
         move=taken.move,
         before_turn=taken.before_turn,
         drift_measured=taken.extent is Extent.WHOLE or taken.extent.along_drift,
+        drift_memory=gradient_memory(run.base) if taken.extent.along_drift else 0.0,
     )
 
 

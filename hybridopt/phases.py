@@ -46,7 +46,7 @@ from hybridopt.types import (
     step_column,
 )
 from hybridopt.unseen import Look
-from hybridopt.weights.averages import averages_gradients
+from hybridopt.weights.averages import gradient_memory
 from hybridopt.weights.reading import PendingReading
 
 __all__ = ["Done", "predicted_step", "real_step", "validated_step"]
@@ -120,7 +120,7 @@ def _extent(run: Run) -> Extent:
     if not run.space.can_doze:
         return Extent.WHOLE
     if run.controller.coasting:
-        run.controller.averaged = averages_gradients(run.base)
+        run.controller.averaged = gradient_memory(run.base) > 0.0
         run.controller.late = run.device.type in run.skips_on
     return run.controller.extent
 

@@ -206,6 +206,9 @@ class Observation:
     drift_measured: bool = True
     """Whether the DRIFT column was measured; else it is zero. Of a step that was only
     glanced at ``gradient_sq`` is zero too."""
+    drift_memory: float = 0.0
+    """Memory of the base's average that stood in for the gradient in the DRIFT column;
+    0 where it was the gradient itself."""
 
     @property
     def moved_progress(self) -> float:

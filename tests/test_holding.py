@@ -110,7 +110,9 @@ def test_held_step_is_the_bases_own_at_the_longer_rate():
         assert_same_bits(problem.weights(), twin_problem.weights())
         checked += 1
     assert factors[0] == 1.0 < factors[-1]
-    assert factors[-1] == pytest.approx(0.9 ** (-0.4 * 39), rel=1e-9)
+    # Gains of 0.3 would hold 0.4; where steps have spoken for the drift, 0.5 is least.
+    assert opt.run.predictor.window.persistence.proven
+    assert factors[-1] == pytest.approx(0.9 ** (-0.5 * 39), rel=1e-9)
     assert checked >= 5
 
 

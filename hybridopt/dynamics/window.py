@@ -13,6 +13,7 @@ from hybridopt.config import HybridConfig
 from hybridopt.dynamics.gains import Numbers
 from hybridopt.dynamics.headroom import Room
 from hybridopt.dynamics.level import LossLevel
+from hybridopt.dynamics.persistence import Persistence
 from hybridopt.dynamics.state import tensor_like
 from hybridopt.types import DRIFT, Observation
 
@@ -37,6 +38,12 @@ HOLD_FROM = 0.1
 """Mean drift gain below which a schedule's decay is left alone: where noise dominates,
 gains are below it within a few windows."""
 LARGEST_HOLD = 0.75
+PROVEN_HOLD = 0.25
+"""Least that is held where steps have spoken for the drift, as a share of ``hold``."""
+PROVEN_FROM = 0.05
+"""Mean drift gain below which not: the optimizer then sleeps through windows, and
+nobody sees whether the drift still pays.
+"""
 FULL_EVIDENCE = 2.0
 """Evidence in standard errors, over the last windows together, from which drift moves
 are made in full. Gains alone rest at their first value where windows contradict each
@@ -65,11 +72,13 @@ class WindowGains:
     with x = clip(e - 2, 0, 3) for e the evidence below, and r in [0, 1] the ``Room``:
     at a tuned rate gains that grow faster end runs higher, at one too low lower.
 
-    Where the mean of cos over tensors is negative beyond ``DOUBT``, every gain falls to
-    at most 0.4 a; behind the first window, which moves nothing, beyond ``FIRST_DOUBT``.
+    Where the mean of cos over tensors is negative beyond ``DOUBT``, or the steps one by
+    one speak against the drift (``Persistence``), every gain falls to at most 0.4 a;
+    behind the first window, which moves nothing, only the mean beyond ``FIRST_DOUBT``.
 
     What is moved is a_l d_l times clip(e / 2, 0, 1), with e <- 0.8 e + 0.6 z over the
-    windows and z the mean of cos over its standard error, at most 3 either way.
+    windows and z the mean of cos over its standard error, at most 3 either way, and
+    times the share that persistence leaves of it.
 
     A step whose gradient was not measured along d counts for both sums as the next one
     does that was.
@@ -101,6 +110,8 @@ class WindowGains:
         self.windows = 0
         """Windows turned. Behind the first nothing moves: it holds the start of a
         training, which goes where the rest does not."""
+        self.persistence = Persistence()
+        """Evidence of the steps one by one, where ``_evidence`` is the tensors'."""
         self._forget_sums()
         self._made = False
         self._late = False  # an observation from before the turn came behind it
@@ -116,6 +127,7 @@ class WindowGains:
         self._gradients: Numbers = np.zeros(self._size)
         self._direction: Numbers = np.zeros(self._size)
         self._unmeasured = 0  # real steps since the last one that was measured
+        self.persistence.forget()
 
     @property
     def gains(self) -> Tensor:
@@ -142,17 +154,21 @@ class WindowGains:
         Drift that goes on paying says that the valley floor still falls, and decay
         slows that down as well as the noise: min(max(hold (b - 0.1) t, 0), 0.75) q with
         b the geometric mean of the gains, t ``trust`` and q the level's ``calm``: where
-        the loss has risen, a rate at the edge of stability is not held.
+        the loss has risen, a rate at the edge of stability is not held. At least
+        hold / 4 q where steps have spoken for the drift (``Persistence.proven``).
         """
         if not self.enabled:
             return 0.0
         held = self._config.hold * (self._typical - HOLD_FROM) * self.trust
+        if self.persistence.proven and self._mean > PROVEN_FROM:
+            held = max(held, self._config.hold * PROVEN_HOLD)
         return min(max(held, 0.0), LARGEST_HOLD) * self.level.calm
 
     @property
     def trust(self) -> float:
         """Share of the gains that evidence backs, in [0, 1]; 0 before any."""
-        return min(max(self._evidence / FULL_EVIDENCE, 0.0), 1.0)
+        backed = min(max(self._evidence / FULL_EVIDENCE, 0.0), 1.0)
+        return backed * self.persistence.share
 
     @property
     def full(self) -> bool:
@@ -191,6 +207,7 @@ class WindowGains:
         self._dots -= steps * observation.dots.numpy()[:, DRIFT]
         self._gradients += steps * observation.gradient_sq.numpy()
         self._direction = observation.basis_sq.numpy()[:, DRIFT].copy()
+        self.persistence.add(observation, steps)
 
     def grow(self) -> None:
         """Move the gains when a window with a direction to measure along is full.
@@ -208,13 +225,14 @@ class WindowGains:
         self._evidence = EVIDENCE_KEPT * self._evidence + EVIDENCE_TAKEN * max(
             -LARGEST_EVIDENCE, min(evidence, LARGEST_EVIDENCE)
         )
-        factor, doubt = torch.ones_like(cosine), FIRST_DOUBT
+        self.persistence.close()
+        factor, doubted = torch.ones_like(cosine), evidence < FIRST_DOUBT
         if self._made:
             surplus = min(max(self._evidence - FULL_EVIDENCE, 0.0), MOST_SURPLUS)
             rate = self._config.rate * (1.0 + self.room.value * surplus)
             factor = torch.exp(rate * torch.tanh(SHARPNESS * cosine))
-            doubt = DOUBT
-        if evidence < doubt:
+            doubted = evidence < DOUBT or self.persistence.doubted
+        if doubted:
             factor = factor.clamp_max(RETREAT)
         self.gains = (self.gains * factor).clamp(
             self._config.minimum, self._config.maximum
@@ -266,6 +284,7 @@ class WindowGains:
             "measured": self._measured,
             "unmeasured": self._unmeasured,
             "evidence": self._evidence,
+            "persistence": self.persistence.state_dict(),
             "room": self.room.state_dict(),
             "level": self.level.state_dict(),
             "dots": torch.from_numpy(self._dots.copy()),
@@ -286,6 +305,8 @@ class WindowGains:
         self._measured = bool(state.get("measured", False))
         self._unmeasured = int(state.get("unmeasured", 0))
         self._evidence = float(state.get("evidence", 0.0))
+        if "persistence" in state:
+            self.persistence.load_state_dict(state["persistence"])
         if "room" in state:
             self.room.load_state_dict(state["room"])
         if "level" in state:

@@ -17,7 +17,7 @@ from hybridopt.protocols import Ops
 from hybridopt.weights.buckets import Bucket
 from hybridopt.weights.local import local
 
-__all__ = ["along_drift", "averaged_gradients", "averages_gradients"]
+__all__ = ["along_drift", "averaged_gradients", "gradient_memory"]
 
 _BY_BETA = (Adam, AdamW, NAdam, RAdam, Adamax)
 """m <- beta1 m + (1 - beta1) g under ``exp_avg``."""
@@ -27,17 +27,20 @@ before a window is: gradients older than the direction would measure it in its o
 making."""
 
 
-def averages_gradients(base: Optimizer) -> bool:
-    """Whether the base's groups say that it keeps such an average, of every tensor."""
+def gradient_memory(base: Optimizer) -> float:
+    """Memory of the average of gradients that the base keeps of every tensor, as its
+    groups say: the longest of theirs; 0 where some group keeps none that serves.
+    """
     if isinstance(base, _BY_BETA):
-        memories = [group["betas"][0] for group in base.param_groups]
+        memories = [float(group["betas"][0]) for group in base.param_groups]
     elif isinstance(base, SGD):
-        memories = [group["momentum"] for group in base.param_groups]
+        memories = [float(group["momentum"]) for group in base.param_groups]
     else:
-        return False
-    return not any(group.get("maximize") for group in base.param_groups) and all(
-        [SHORTEST <= float(memory) <= LONGEST for memory in memories]
-    )
+        return 0.0
+    if any(group.get("maximize") for group in base.param_groups):
+        return 0.0
+    serve = all([SHORTEST <= memory <= LONGEST for memory in memories])
+    return max(memories, default=0.0) if serve else 0.0
 
 
 def averaged_gradients(
@@ -46,7 +49,7 @@ def averaged_gradients(
     """The averages of these parameters, in the units of a gradient.
 
     Args:
-        base: One of which ``averages_gradients`` is true.
+        base: One of which ``gradient_memory`` is positive.
         parameters: Whose averages.
         alike: Tensors on this rank whose shapes and device they have to have.
 
@@ -75,7 +78,7 @@ def along_drift(base: Optimizer, ops: Ops, bucket: Bucket) -> Tensor:
     """
     drift, square = [bucket.drifts], [bucket.drift_sq]
     averages = None
-    if averages_gradients(base):
+    if gradient_memory(base):
         averages = averaged_gradients(base, bucket.sources, bucket.parameters)
     if averages is None:
         return ops.observe(bucket.gradients, drift, square)

@@ -27,6 +27,7 @@ def test_window_gains_follow_their_literal_twin():
     made = drifting(rate=0.3, maximum=1.2, minimum=0.2)
     rule = [0.5] * L
     first, measured, evidence = True, False, 0.0
+    persistence, proven, provens = 0.0, False, set()
     window: list = []
     seen: list = []
     retreated, trusts, highest, rates = set(), set(), [0.0], set()
@@ -52,7 +53,13 @@ def test_window_gains_follow_their_literal_twin():
         if cosines:
             z = statistics.mean(cosines) / (statistics.stdev(cosines) / math.sqrt(L))
             evidence = 0.8 * evidence + 0.6 * min(max(z, -3.0), 3.0)
-        retreats = measured and z < -0.8
+            steps = [_cosine_of_all(step, DRIFT) for step in window]
+            error = statistics.stdev(steps) / math.sqrt(K)
+            over_steps = min(max(statistics.mean(steps) / error, -3.0), 3.0)
+            persistence = 0.8 * persistence + 0.6 * over_steps
+            proven = persistence > (-1.5 if proven else 1.0)
+            provens.add(proven)
+        retreats = measured and (z < -0.8 or (not proven and persistence < -0.75))
         retreated.add(retreats)
         rate = 0.3 * (1.0 + _room(seen) * min(max(evidence - 2.0, 0.0), 3.0))
         rates.add(rate)
@@ -68,22 +75,24 @@ def test_window_gains_follow_their_literal_twin():
             first, window = False, []
             continue
         trust = min(max(evidence / 2.0, 0.0), 1.0)
+        if not proven:
+            trust *= min(max(1.0 + persistence / 0.75, 0.0), 1.0)
         trusts.add(trust)
         exact = torch.tensor(rule, dtype=torch.float64) * trust
         assert torch.allclose(said.coefficients[:, DRIFT], exact, rtol=1e-9), i
         assert said.drift_gain == pytest.approx(sum(rule) / L)
         measured, window = True, []
     assert min(rule) < 0.5 < max(highest)
-    assert retreated == {True, False}
+    assert retreated == provens == {True, False}
     assert {0.0, 1.0} < trusts
     assert min(rates) == 0.3
     assert max(rates) > 0.35
 
 
-def _cosine_of_all(one):
+def _cosine_of_all(one, column=STEP):
     """Of the gradient with the last base step, all tensors taken as one vector."""
-    squares = float(one.gradient_sq.sum()) * float(one.basis_sq[:, STEP].sum())
-    return -float(one.dots[:, STEP].sum()) / math.sqrt(squares)
+    squares = float(one.gradient_sq.sum()) * float(one.basis_sq[:, column].sum())
+    return -float(one.dots[:, column].sum()) / math.sqrt(squares)
 
 
 def _room(cosines):
@@ -152,7 +161,8 @@ def test_without_evidence_next_to_nothing_moves_and_no_rate_is_held():
         said = made.forecast(slopes(L))
         assert said.hold < 0.05
         assert float(said.coefficients[:, DRIFT].max()) < 0.02
-    assert min(made.window.gains.tolist()) > 0.3
+    # What steps speak against every other window is soon not worth its measuring.
+    assert made.window.gains.tolist() == [0.02] * L
 
 
 def test_evidence_of_several_windows_adds_up():
@@ -178,10 +188,82 @@ def test_hold_follows_the_geometric_mean_of_gains_once_one_was_measured():
         holds.append(said.hold)
         mean = math.exp(statistics.mean(math.log(g) for g in made.window.gains))
         held = 2.0 * (mean - 0.1) * made.window.trust
-        expected = min(max(held, 0.0), 0.75)
+        least = 0.5 if made.window.persistence.proven else 0.0
+        expected = min(max(held, least), 0.75)
         assert said.hold == pytest.approx(expected, rel=1e-12)
     assert holds[2 * K - 2] == 0.0 < holds[2 * K]
     assert drifting(hold=0.0).forecast(slopes(L)).hold == 0.0
+
+
+def divided(i, share, total):
+    """Tensors that contradict each other so far that their mean says nothing, while
+    all weights together go this far along the drift at every step.
+    """
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0]).double()
+    one = observation(i, torch.zeros(L, 2, dtype=torch.float64))
+    norms = (one.gradient_sq * one.basis_sq[:, DRIFT]).sqrt()
+    whole = float((one.gradient_sq.sum() * one.basis_sq[:, DRIFT].sum()).sqrt())
+    alignment = torch.zeros(L, 2, dtype=torch.float64)
+    alignment[:, DRIFT] = share * signs
+    # What the whole lacks, the last tensor has.
+    lacks = total * whole - float((alignment[:, DRIFT] * norms).sum())
+    alignment[-1, DRIFT] = lacks / norms[-1]
+    dots = -alignment * (one.gradient_sq.unsqueeze(1) * one.basis_sq).sqrt()
+    return replace(one, dots=dots)
+
+
+def test_where_steps_have_spoken_for_the_drift_a_quarter_of_hold_is_the_least():
+    holds = {}
+    for hold in (2.0, 1.0, 0.0):
+        made = drifting(hold=hold, rate=0.0)
+        for i in range(6 * K):
+            made.observe(divided(i, 0.5, 0.02 + 0.01 * (-1.0) ** (i // 2)))
+            said = made.forecast(slopes(L))
+        assert made.window.persistence.proven
+        assert made.window.trust < 0.5
+        holds[hold] = said.hold
+    assert holds == {2.0: 0.5, 1.0: 0.25, 0.0: 0.0}
+    small = drifting(hold=2.0, rate=0.0, initial=0.04)
+    for i in range(6 * K):
+        small.observe(divided(i, 0.5, 0.02 + 0.01 * (-1.0) ** (i // 2)))
+        said = small.forecast(slopes(L))
+    assert small.window.persistence.proven
+    assert said.hold == 0.0
+
+
+def test_drift_that_the_steps_speak_against_is_not_moved_along_and_soon_given_up():
+    made = drifting(rate=0.0, hold=2.0)
+    for i in range(6 * K):
+        # Small tensors agree, with each other and not with the whole.
+        one = divided(i, 0.0, -0.02 + 0.01 * (-1.0) ** (i // 2))
+        agreeing = one.dots.clone()
+        agreeing[:-1, DRIFT] = (
+            -0.2 * (one.gradient_sq * one.basis_sq[:, DRIFT])[:-1].sqrt()
+        )
+        agreeing[-1, DRIFT] -= float(agreeing[:-1, DRIFT].sum())
+        made.observe(replace(one, dots=agreeing))
+        said = made.forecast(slopes(L))
+        assert not said.coefficients[:, DRIFT].any()
+        assert said.hold == 0.0
+    assert made.window._evidence > 0.5  # what tensors say would move it
+    assert made.window.mean_gain < 0.05
+
+
+def test_persistence_survives_a_checkpoint_and_needs_no_entry_in_an_older_one():
+    made, other = drifting(), drifting()
+    for i in range(5 * K + 2):
+        made.observe(divided(i, 0.5, 0.02 + 0.01 * (-1.0) ** (i // 2)))
+        made.forecast(slopes(L))
+    state = made.state_dict()
+    other.load_state_dict(state)
+    assert other.state_dict()["window"]["persistence"]["proven"]
+    for i in range(5 * K + 2, 7 * K):
+        for each in (made, other):
+            each.observe(divided(i, 0.5, 0.02))
+            each.forecast(slopes(L))
+    assert other.window.persistence.state_dict() == made.window.persistence.state_dict()
+    del state["window"]["persistence"]
+    drifting().load_state_dict(state)
 
 
 def test_hold_ends_where_drift_does_not_pay():

@@ -7,7 +7,7 @@ import torch
 
 from hybridopt.control.controller import SETTLING_SHARE
 from hybridopt.types import DRIFT, STEP, Extent
-from hybridopt.weights.averages import averaged_gradients, averages_gradients
+from hybridopt.weights.averages import averaged_gradients, gradient_memory
 from tests.problems import regression, train
 from tests.weights.test_coasting import K, coasting, train_until
 
@@ -17,27 +17,33 @@ def parameters():
 
 
 @pytest.mark.parametrize(
-    ("build", "known"),
+    ("build", "memory"),
     [
-        (lambda p: torch.optim.AdamW(p), True),
-        (lambda p: torch.optim.Adam(p, betas=(0.95, 0.999)), True),
-        (lambda p: torch.optim.NAdam(p), True),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
-        (lambda p: torch.optim.SGD(p, lr=0.1), False),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.99), False),
-        (lambda p: torch.optim.AdamW(p, betas=(0.5, 0.999)), False),
-        (lambda p: torch.optim.AdamW(p, maximize=True), False),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.9), False),
+        (lambda p: torch.optim.AdamW(p), 0.9),
+        (lambda p: torch.optim.Adam(p, betas=(0.95, 0.999)), 0.95),
+        (lambda p: torch.optim.NAdam(p), 0.9),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 0.9),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.99), 0.0),
+        (lambda p: torch.optim.AdamW(p, betas=(0.5, 0.999)), 0.0),
+        (lambda p: torch.optim.AdamW(p, maximize=True), 0.0),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), 0.0),
         (
             lambda p: torch.optim.AdamW(
                 [{"params": p[:1]}, {"params": p[1:], "betas": (0.0, 0.99)}]
             ),
-            False,
+            0.0,
+        ),
+        (
+            lambda p: torch.optim.AdamW(
+                [{"params": p[:1]}, {"params": p[1:], "betas": (0.8, 0.99)}]
+            ),
+            0.9,
         ),
     ],
 )
-def test_which_bases_keep_an_average_that_spans_a_few_steps(build, known):
-    assert averages_gradients(build(parameters())) is known
+def test_which_bases_keep_an_average_that_spans_a_few_steps(build, memory):
+    assert gradient_memory(build(parameters())) == memory
 
 
 @pytest.mark.parametrize(
@@ -145,3 +151,21 @@ def test_an_average_that_made_the_direction_does_not_judge_it():
         train(problem, opt, 1, start=i)
     assert left_out > 4
     assert min(measured) >= SETTLING_SHARE
+
+
+def test_observations_say_whether_an_average_stood_in_for_the_gradient(monkeypatch):
+    problem = regression()
+    opt = coasting(problem)
+    seen, absorb = [], opt.run.predictor.window.absorb
+    monkeypatch.setattr(
+        opt.run.predictor.window, "absorb", lambda one: (seen.append(one), absorb(one))
+    )
+    step = train_until(problem, opt, Extent.DRIFT)
+    extents = {}
+    for i in range(step, step + 3 * K):
+        extents[i] = opt.run.controller.extent
+        train(problem, opt, 1, start=i)
+    found = {(extents[one.step], one.drift_memory) for one in seen[-2 * K :]}
+    found = {pair for pair in found if pair[0] is not Extent.GLANCE}
+    assert found >= {(Extent.WHOLE, 0.0), (Extent.DRIFT, 0.9)}
+    assert found <= {(Extent.WHOLE, 0.0), (Extent.DRIFT, 0.9), (Extent.TURN, 0.9)}
