@@ -96,7 +96,8 @@ class DriftConfig(Checked, frozen=True, kw_only=True):
     """How much of a rate that a schedule takes away is kept where drift pays: the step
     is made (peak rate / rate)^gamma times as long, gamma = hold (b - 0.1) t in
     [0, 0.75] with b the geometric mean of the drift gains and t in [0, 1] the evidence
-    for them; less of it where the loss has risen. 0 follows the schedule."""
+    for them, and at least hold / 4 where steps have spoken for the drift; less of it
+    where the loss has risen. 0 follows the schedule."""
 
 
 class LeadConfig(Checked, frozen=True, kw_only=True):

@@ -48,10 +48,8 @@ needs the base's newest displacement and the slopes of the one before."""
 PROBING_STEPS = 4
 """Whole steps between one sleep and the next."""
 GLANCES = 2
-"""Coasting, one real step in so many is measured along the drift. Halves the host's
-work; a window still has 20 measurements."""
-AVERAGED_GLANCES = 4
-"""The same where the base's own average of its gradients is measured."""
+"""Coasting, one real step in so many is measured along the drift."""
+AVERAGED_GLANCES = 4  # where the base's own average of its gradients is measured
 SETTLING_SHARE = 0.4
 """Share of a window in which that average still holds gradients that made the window's
 direction; their noise is in both, and would speak for it."""
@@ -95,9 +93,7 @@ class Controller:
 
     @property
     def asleep(self) -> bool:
-        """Whether no move is planned, because none has paid lately. Coasting, plans
-        are made when a drift window is about to turn.
-        """
+        """Whether no move is planned; coasting, some are as drift windows turn."""
         return self.sleep_steps > 0 and not (self.coasting and self._turning)
 
     @property
@@ -106,9 +102,7 @@ class Controller:
         return self.sleep_steps > 0 and not self.coasting
 
     def learns_from(self, observation: Observation) -> bool:
-        """Whether an observation says something that the predictor wants to know now:
-        awake, if there was a displacement to measure along; coasting, always.
-        """
+        """Whether it tells the predictor something: awake, along a displacement."""
         if self.sleep_steps == 0:
             return not observation.partial
         return self.coasting
@@ -196,8 +190,8 @@ class Controller:
                 its plan stands.
 
         Warm-up lasts ``warmup_steps`` and as long as the scheduler has never stopped
-        raising the learning rate: gains that grow against a tiny rate would then
-        multiply a rising one.
+        raising the rate: gains that grow against a tiny one would multiply a rising
+        one. Behind such a rise the optimizer coasts at first.
         """
         # The first rate says nothing yet about where the rates are going.
         first = self._last_rate == 0.0
@@ -207,8 +201,13 @@ class Controller:
         if self.sleep_steps:
             self.sleep_steps -= 1
         self._turns_in = max(self._turns_in - 1, 0)
-        if not self.warm and self.real_steps >= self.config.warmup_steps and not rising:
+        shortest = self.config.warmup_steps
+        if not self.warm and self.real_steps >= shortest and not rising:
             self.warm = True
+            if self.real_steps > max(shortest, 2):
+                # Alignments still speak of the rise (research notes, "After the rise").
+                self.sleep_steps = FIRST_SLEEP_STEPS
+                self.coasting = self.config.drift.enabled
         if not planned:
             self._since_predict += 1
             self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
