@@ -93,7 +93,7 @@ class Controller:
 
     @property
     def asleep(self) -> bool:
-        """Whether no move is planned; coasting, some are as drift windows turn."""
+        """Whether no move is planned; coasting, one is as a drift window turns."""
         return self.sleep_steps > 0 and not (self.coasting and self._turning)
 
     @property
@@ -102,7 +102,7 @@ class Controller:
         return self.sleep_steps > 0 and not self.coasting
 
     def learns_from(self, observation: Observation) -> bool:
-        """Whether it tells the predictor something: awake, along a displacement."""
+        """Whether it tells something: awake, along a displacement; coasting, always."""
         if self.sleep_steps == 0:
             return not observation.partial
         return self.coasting
