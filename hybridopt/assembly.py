@@ -46,13 +46,14 @@ def build_run(
     shares = reduction_weights(
         [shard_share(p) for p in parameters], collective.world_size
     )
+    # Without room for drift windows nothing counts on them: no part of the predictor,
+    # and no sleep that is light for their sake.
+    fitted = config
     if not space.drifts:
         drift = msgspec.structs.replace(config.drift, enabled=False)
-        predictor_config = config.replace(drift=drift)
-    else:
-        predictor_config = config
+        fitted = config.replace(drift=drift)
     predictor = components.predictor or build_predictor(
-        predictor_config, [p.numel() for p in parameters], [p.ndim for p in parameters]
+        fitted, [p.numel() for p in parameters], [p.ndim for p in parameters]
     )
     policy = components.policy or build_policy(
         config.bandit, config.max_predict_steps, CONTEXT_SIZE
@@ -64,7 +65,7 @@ def build_run(
         model=model,
         space=space,
         predictor=predictor,
-        controller=Controller(config, policy),
+        controller=Controller(fitted, policy),
         monitor=DivergenceMonitor(config, signals),
         corrector=components.corrector
         or build_corrector(config.residual, config.memory_budget, config.seed),

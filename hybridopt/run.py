@@ -359,7 +359,7 @@ class Run:
         self.monitor.load_state_dict(state["monitor"])
         self.corrector.load_state_dict(state["corrector"])
         if self.secant is not None:
-            self.secant.load_state_dict(state["secant"])
+            self.secant.load_state_dict(state["secant"], self.device)
         self.noise.load_state_dict(state["noise"])
         for key in Counters.__dataclass_fields__:
             setattr(self.counters, key, state["counters"][key])

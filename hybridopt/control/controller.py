@@ -191,7 +191,7 @@ class Controller:
 
         Warm-up lasts ``warmup_steps`` and as long as the scheduler has never stopped
         raising the rate: gains that grow against a tiny one would multiply a rising
-        one. Behind such a rise the optimizer coasts at first.
+        one.
         """
         # The first rate says nothing yet about where the rates are going.
         first = self._last_rate == 0.0
@@ -201,13 +201,8 @@ class Controller:
         if self.sleep_steps:
             self.sleep_steps -= 1
         self._turns_in = max(self._turns_in - 1, 0)
-        shortest = self.config.warmup_steps
-        if not self.warm and self.real_steps >= shortest and not rising:
+        if not self.warm and self.real_steps >= self.config.warmup_steps and not rising:
             self.warm = True
-            if self.real_steps > max(shortest, 2):
-                # Alignments still speak of the rise (research notes, "After the rise").
-                self.sleep_steps = FIRST_SLEEP_STEPS
-                self.coasting = self.config.drift.enabled
         if not planned:
             self._since_predict += 1
             self.plan = Plan(Phase.FULL if self.warm else Phase.WARMUP)
@@ -383,6 +378,8 @@ class Controller:
         for key in self._SCALARS:
             known = getattr(self, key)
             setattr(self, key, type(known)(state["scalars"].get(key, known)))
+        # Saved where drift windows fitted; where they do not, nothing ends them.
+        self.coasting = self.coasting and self.config.drift.enabled
         self.plan = plan
         self.move = move
 

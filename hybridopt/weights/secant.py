@@ -267,8 +267,13 @@ class SecantMover:
             "accepted": self.accepted,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore; raises CheckpointError and changes nothing on a mismatch."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore; raises CheckpointError and changes nothing on a mismatch.
+
+        Args:
+            state: What ``state_dict`` returned; checkpoints bring it to the host.
+            device: Where the weights are, and where everything here goes.
+        """
         vectors = {name: state[name] for name in ("position", "gradient", "direction")}
         sizes = {v.numel() for v in vectors.values() if v is not None}
         pairs = state["memory"]
@@ -282,11 +287,11 @@ class SecantMover:
         memory = None
         if pairs is not None:
             like = pairs["s"]
-            memory = PairMemory(self.pairs, like.shape[1], like.dtype, like.device)
+            memory = PairMemory(self.pairs, like.shape[1], like.dtype, device)
             memory.load_state_dict(pairs)
         self._memory = memory
         self._position, self._gradient, self._direction = (
-            None if v is None else v.clone() for v in vectors.values()
+            None if v is None else v.to(device, copy=True) for v in vectors.values()
         )
         self._loss, self._rejects = float(state["loss"]), int(state["rejects"])
         self._rejected = bool(state["rejected"])

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from hybridopt.config import DriftConfig, FixedHorizon, HybridConfig
+from hybridopt.config import FixedHorizon, HybridConfig
 from hybridopt.control import Controller, build_policy
 from hybridopt.control.context import CONTEXT_SIZE
-from hybridopt.control.controller import FIRST_SLEEP_STEPS
 from hybridopt.types import Forecast, Level, Observation, RecoveryAction, Verdict
 
 
@@ -79,37 +78,3 @@ def test_a_move_worth_nothing_is_made_only_where_drift_moves(turns, drift, moves
     for _ in range(30):
         controller.schedule(seen, verdict, forecast, ones, ones, True)
     assert controller.sleep_steps > 0  # and it counts as idle all the same
-
-
-def _stepped(rates, warmup_steps=3, **changes):
-    config = HybridConfig(warmup_steps=warmup_steps, **changes)
-    controller = Controller(config, build_policy(FixedHorizon(), 16, CONTEXT_SIZE))
-    states = []
-    for rate in rates:
-        controller.advance_real(rate)
-        states.append((controller.warm, controller.sleep_steps, controller.coasting))
-    return states
-
-
-RISE = [0.1 * i for i in range(1, 9)]
-
-
-def test_behind_a_rise_of_the_rate_it_coasts_before_anything_moves():
-    states = _stepped([*RISE, 0.8, *[0.8] * 70])
-    assert states[7] == (False, 0, False)
-    assert states[8] == (True, FIRST_SLEEP_STEPS, True)
-    assert states[8 + FIRST_SLEEP_STEPS] == (True, 0, True)
-    # Without drift there is nothing to coast for.
-    still = _stepped([*RISE, 0.8], drift=DriftConfig(enabled=False))
-    assert still[-1] == (True, FIRST_SLEEP_STEPS, False)
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 3, 10])
-@pytest.mark.parametrize("rates", [[0.1] * 12, [0.1 * 0.9**i for i in range(12)]])
-def test_where_no_rate_rises_it_does_not(rates, warmup_steps):
-    states = _stepped(rates, warmup_steps)
-    assert states[-1] == (True, 0, False)
-
-
-def test_a_rise_within_its_own_warm_up_counts_for_nothing():
-    assert _stepped([0.1, 0.2, 0.3, *[0.3] * 9], warmup_steps=10)[-1][1] == 0

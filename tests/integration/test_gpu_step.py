@@ -158,6 +158,30 @@ def test_resume_equals_uninterrupted(memory, steps, tmp_path):
     assert_same_bits(made.weights(), other.weights())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("steps", [12, 40, 41])
+def test_resume_with_secant_moves_equals_uninterrupted(fused, steps, tmp_path):
+    runs = []
+    for _ in range(2):
+        made = Trained()
+        made.x[1:], made.y[1:] = made.x[:1], made.y[:1]  # one batch, no noise
+        base = torch.optim.Adam(made.model.parameters(), lr=1e-3, fused=fused)
+        secant = SecantConfig(warmup_steps=8)
+        made.opt = HybridPredictOptimizer(
+            base, model=made.model, predictor=Prior(), warmup_steps=4, secant=secant
+        )
+        runs.append(made)
+    made, other = runs
+    made.run(steps)
+    torch.save(made.opt.state_dict(), tmp_path / "opt.pt")
+    other.model.load_state_dict(copy.deepcopy(made.model.state_dict()))
+    other.opt.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    for one in (made, other):
+        one.run(30, start=steps)
+    assert made.opt.statistics()["secant_moves"] > 0
+    assert_same_bits(made.weights(), other.weights())
+
+
 ALONE = {
     "lead": LeadConfig(on_gpu=True),
     "gain": GainConfig(rate=0.0, initial=0.0, minimum=0.0),

@@ -6,7 +6,7 @@ from torch import nn
 
 from hybridopt import HybridPredictOptimizer, Phase
 from hybridopt.config import DriftConfig, FixedHorizon, SecantConfig
-from hybridopt.control.controller import FIRST_SLEEP_STEPS, IDLE_STEPS
+from hybridopt.control.controller import IDLE_STEPS
 from hybridopt.run import Components
 from tests.parts import FixedPredictor
 from tests.problems import assert_same_bits
@@ -98,18 +98,18 @@ def test_predicted_move_scales_with_the_learning_rate():
     assert_same_bits([weight.detach()], [twin + 0.5 * 2.0 * 0.5 * step])
 
 
-def test_no_move_is_made_while_the_scheduler_raises_the_rate_nor_right_behind_it():
+def test_no_move_is_made_while_the_scheduler_still_raises_the_rate():
     weight = _quadratic()
     opt = _optimizer(weight, FixedPredictor(gain=1.0, progress=0.5))
     scheduler = torch.optim.lr_scheduler.LinearLR(opt, 0.125, 1.0, total_iters=20)
     moved_at = None
-    for step in range(2 * FIRST_SLEEP_STEPS):
+    for step in range(40):
         opt.step(lambda: 0.5 * (weight**2).sum())
         scheduler.step()
         if opt.statistics()["folded_moves"] and moved_at is None:
             moved_at = step
     assert moved_at is not None
-    assert moved_at > 20 + FIRST_SLEEP_STEPS
+    assert moved_at > 20
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,38 @@ def test_a_parameter_that_gets_its_first_gradient_while_coasting_joins_in():
     assert 0.0 < float(opt.state[late]["hybrid_step"].abs().sum()) < 1.0
     assert bool(late.isfinite().all())
     assert float(late.detach().min()) > 0.01
+
+
+def _without_windows():
+    cramped = DriftConfig(window_steps=K, minimum=0.3, memory_budget=0.0)
+    off = DriftConfig(enabled=False)
+    return [{"memory": "low"}, {"drift": cramped}, {"drift": off}]
+
+
+@pytest.mark.parametrize("changed", _without_windows(), ids=["low", "cramped", "off"])
+@pytest.mark.parametrize("gain", [IDLE, GainConfig()], ids=["idle", "moving"])
+def test_where_no_windows_fit_it_sleeps_deeply_and_never_coasts(changed, gain):
+    problem = regression()
+    opt = coasting(problem, gain=gain, **changed)
+    slept = False
+    for step in range(120):
+        train(problem, opt, 1, start=step)
+        assert not opt.run.controller.coasting
+        slept = slept or opt.run.controller.sleeps_deeply
+    assert slept is (gain is IDLE)
+    assert (opt.statistics()["folded_moves"] == 0) is (gain is IDLE)
+    assert all(w.isfinite().all() for w in problem.weights())
+
+
+@pytest.mark.parametrize("changed", _without_windows(), ids=["low", "cramped", "off"])
+def test_a_checkpoint_made_while_coasting_loads_where_no_windows_fit(changed):
+    problem = regression()
+    opt = coasting(problem)
+    start = _coast(problem, opt)
+    twin = problem.twin()
+    other = coasting(twin, **changed)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert not other.run.controller.coasting
+    losses = train(twin, other, 90, start=start)
+    reference = train(problem, opt, 90, start=start)
+    assert max(losses) < 1.5 * max(reference)

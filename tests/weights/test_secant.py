@@ -315,9 +315,22 @@ def test_mover_continues_bit_for_bit_after_a_load(spoiled: int) -> None:
             target.copy_(source)
     split.base.load_state_dict(copy.deepcopy(whole.base.state_dict()))
     split.anchor = whole.anchor
-    split.mover.load_state_dict(state)
+    split.mover.load_state_dict(state, torch.device("cpu"))
     assert drive(split, 10, 20) == drive(whole, 10, 20)
     assert torch.equal(flatten(split.weights), flatten(whole.weights))
+
+
+def test_mover_loads_to_where_the_weights_are_whatever_the_checkpoint_is_on() -> None:
+    loop = Loop(SecantMover(4, SecantConfig()))
+    for _ in range(6):
+        loop.step()
+    moved = SecantMover(4, SecantConfig())
+    # A device that every machine has besides the CPU.
+    moved.load_state_dict(loop.mover.state_dict(), torch.device("meta"))
+    state = moved.state_dict()
+    tensors = [state["position"], state["gradient"], *state["memory"].values()]
+    assert moved.count == loop.mover.count > 0
+    assert {t.device.type for t in tensors if isinstance(t, torch.Tensor)} == {"meta"}
 
 
 def test_mover_refuses_a_damaged_state_and_stays_as_it_was() -> None:
@@ -325,11 +338,12 @@ def test_mover_refuses_a_damaged_state_and_stays_as_it_was() -> None:
     for _ in range(6):
         loop.step()
     state: dict[str, Any] = loop.mover.state_dict()
+    damaged = {**state, "position": torch.zeros(3)}
     with pytest.raises(CheckpointError, match="same length"):
-        loop.mover.load_state_dict({**state, "position": torch.zeros(3)})
+        loop.mover.load_state_dict(damaged, torch.device("cpu"))
     other = SecantMover(5, SecantConfig())
     with pytest.raises(CheckpointError, match="capacity 5"):
-        other.load_state_dict(state)
+        other.load_state_dict(state, torch.device("cpu"))
     assert other.count == 0
     after = loop.mover.state_dict()
     assert torch.equal(after["position"], state["position"])
