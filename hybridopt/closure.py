@@ -138,10 +138,19 @@ def forward_only(closure: Callable[[], Any], model: nn.Module) -> float:
     Buffers (BatchNorm statistics) and the user's random streams are as before.
 
     Raises:
-        ClosureError: The closure returned no scalar.
+        ClosureError: The closure returned no scalar, or ran backward itself.
     """
-    with torch.no_grad(), quiet_forward(model):
-        result = closure()
+    try:
+        with torch.no_grad(), quiet_forward(model):
+            result = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ClosureError(
+            "closure ran backward in a forward-only validation, which the closures "
+            "before it allowed: the closures of one run must all return the loss or "
+            "all run backward. Keep to one form, or set validation_interval=0."
+        ) from error
     if not isinstance(result, Tensor) or result.numel() != 1:
         raise ClosureError(
             f"closure returned {result!r} in a forward-only validation: must be a "

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from hybridopt import HybridPredictOptimizer
-from hybridopt.config import Prior
+from hybridopt.config import FixedHorizon, Prior
 from hybridopt.errors import (
     CheckpointError,
     ClosureError,
     ConfigError,
     RecoveryAction,
 )
+from hybridopt.run import Components
+from tests.parts import FixedPredictor
 from tests.problems import BASES, assert_same_bits, regression, train
 
 
@@ -76,3 +78,43 @@ def test_secant_moves_leave_problems_with_weight_decay_alone():
     opt.param_groups[0]["weight_decay"] = 0.0
     train(problem, opt, 60, start=60)
     assert opt.statistics()["secant_moves"] > 0
+
+
+def test_closure_that_runs_backward_where_others_did_not_is_told_so_in_validation():
+    problem = regression()
+    base = BASES["adamw_slow"](list(problem.model.parameters()))
+    opt = HybridPredictOptimizer(
+        base,
+        model=problem.model,
+        components=Components(predictor=FixedPredictor(0.5, 50.0)),
+        warmup_steps=5,
+        max_predict_steps=2,
+        bandit=FixedHorizon(),
+        validation_interval=1,
+    )
+    step = 0
+    while not opt.run.controller.plan.validates:
+        train(problem, opt, 1, start=step)
+        step += 1
+        assert step < 50
+    before, state = problem.weights(), copy.deepcopy(opt.state_dict())
+
+    def classic():
+        opt.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ClosureError, match="validation_interval=0"):
+        opt.step(classic)
+    assert_same_bits(before, problem.weights())
+    twin = problem.twin()
+    other = HybridPredictOptimizer(
+        BASES["adamw_slow"](list(twin.model.parameters())),
+        opt.config,
+        model=twin.model,
+        components=Components(predictor=FixedPredictor(0.5, 50.0)),
+    )
+    other.load_state_dict(state)
+    assert train(problem, opt, 20, start=step) == train(twin, other, 20, start=step)
+    assert_same_bits(problem.weights(), twin.weights())
