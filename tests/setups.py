@@ -153,14 +153,20 @@ def _look(opt: HybridPredictOptimizer, mishap: str) -> None:
 def _spoil(problem: Problem, mishap: str) -> None:
     first, *_, last = problem.model.parameters()
     if mishap == "nan gradient":
-        first.grad.view(-1)[0] = math.nan
+        _own(first)[:1] = math.nan
     elif mishap == "inf gradient":
-        last.grad.view(-1)[0] = math.inf
+        _own(last)[:1] = math.inf
     elif mishap == "no gradient":
         first.grad = None
     elif mishap == "zero gradients":
         for p in problem.model.parameters():
             p.grad.zero_()
+
+
+def _own(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's share of the gradient, which may be empty, as a view."""
+    gradient: Any = parameter.grad
+    return getattr(gradient, "_local_tensor", gradient).view(-1)
 
 
 def _rate(draw: random.Random, steps: int) -> Callable[[int], float]:
