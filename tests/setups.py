@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,13 @@ class Setup:
         ]
         return problem
 
+    @cached_property
+    def learning_rate(self) -> float:
+        """The base's own, before any schedule."""
+        anything = [torch.nn.Parameter(torch.zeros(1))]
+        rate: float = {**BASES, **FUSED}[self.base](anything).defaults["lr"]
+        return rate
+
     def build(self, problem: Problem) -> HybridPredictOptimizer:
         """The optimizer that the setup asks for."""
         make = {**BASES, **FUSED}[self.base]
@@ -109,9 +117,8 @@ def take_step(
     setup: Setup, problem: Problem, opt: HybridPredictOptimizer, step: int
 ) -> float | None:
     """The ``step``-th step of a setup's training, whatever comes in between."""
-    base = {**BASES, **FUSED}[setup.base]([torch.nn.Parameter(torch.zeros(1))])
     for group in opt.param_groups:
-        group["lr"] = base.defaults["lr"] * setup.rate(step)
+        group["lr"] = setup.learning_rate * setup.rate(step)
     mishap = setup.mishaps.get(step, "")
     _look(opt, mishap)
 
